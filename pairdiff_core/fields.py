@@ -1,0 +1,188 @@
+"""Displacement fields: warp, compose, exponentiate, resize, measure, convert.
+
+One convention, used everywhere. A displacement ``u`` is a float tensor (N, D, *spatial) **in voxels**; channel d
+runs along array axis d. The point x of the fixed image corresponds to x + u(x) in the moving image, so
+``warp(moving, u)`` looks like fixed. Voxel centres lie on integer coordinates and the field of view ends half a
+voxel outside the outermost centres (``align_corners=False``): index i of a grid that is f times coarser lies at
+f * i + (f - 1) / 2 on the fine one. 2D and 3D take the same path; D is read off the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def identity_grid(spatial: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
+    """Voxel coordinates of every voxel centre, float (D, *spatial)."""
+    axes = [torch.arange(size, dtype=torch.float32, device=device) for size in spatial]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def _sample(image: torch.Tensor, coordinates: torch.Tensor, mode: str, padding: str) -> torch.Tensor:
+    """Values of ``image`` (N, C, *spatial) at voxel ``coordinates`` (N, D, *any), as (N, C, *any)."""
+    size = torch.tensor(image.shape[2:], dtype=coordinates.dtype, device=coordinates.device)
+    size = size.reshape(-1, *[1] * (coordinates.dim() - 2))  # (D,) -> (D, 1, ..., 1)
+    normalised = (2 * coordinates + 1) / size - 1  # align_corners=False: -1 and 1 are the outer voxel edges
+    grid = normalised.flip(1).movedim(
+        1, -1
+    )  # (N, D, *any) -> (N, *any, D); grid_sample wants the last axis first
+    return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+
+def warp(
+    image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear", padding: str = "border"
+) -> torch.Tensor:
+    """Pull ``image`` back through a displacement: the result at x is image(x + u(x)).
+
+    Args:
+        image: float (N, C, *spatial).
+        displacement: float (N, D, *spatial), voxels.
+        mode: "bilinear" (linear in 3D too) or "nearest".
+        padding: what lies outside, "border" (the nearest voxel) or "zeros".
+
+    Returns:
+        float (N, C, *spatial).
+    """
+    if image.shape[2:] != displacement.shape[2:]:
+        raise ValueError(
+            f"image grid {tuple(image.shape[2:])} and displacement grid {tuple(displacement.shape[2:])} differ"
+        )
+    identity = identity_grid(displacement.shape[2:], displacement.device)
+    return _sample(image, identity + displacement, mode, padding)
+
+
+def warp_labels(labels: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
+    """Label maps (N, *spatial) at x + u(x), by nearest neighbour, same integer type."""
+    return warp(labels[:, None].to(displacement.dtype), displacement, mode="nearest")[:, 0].to(labels.dtype)
+
+
+def sample_at(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Linear interpolation of ``field`` (C, *spatial) at voxel coordinates ``points`` (K, D), as (K, C)."""
+    dims = points.shape[1]
+    coordinates = points.T.reshape(1, dims, -1, *[1] * (dims - 1))  # (K, D) -> (1, D, K, 1, ...)
+    values = _sample(field[None], coordinates.to(field.dtype), "bilinear", "border")
+    return values.reshape(field.shape[0], -1).T  # (1, C, K, 1, ...) -> (K, C)
+
+
+def compose(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Displacement of "go along ``first``, then along ``second``": first(x) + second(x + first(x)).
+
+    As maps this is (id + second) o (id + first); both are (N, D, *spatial) in voxels.
+    """
+    return first + warp(second, first)
+
+
+def exponentiate(velocity: torch.Tensor, squarings: int = 7) -> torch.Tensor:
+    """Displacement at time 1 of the flow along a stationary velocity field (N, D, *spatial), in voxels.
+
+    Scaling and squaring (Arsigny et al., MICCAI 2006): the flow over 2**-squarings of the time is nearly the
+    scaled velocity itself; composing it with itself doubles the time. ``exponentiate(-v)`` is the inverse of
+    ``exponentiate(v)`` up to interpolation.
+    """
+    displacement = velocity / 2**squarings
+    for _ in range(squarings):
+        displacement = compose(displacement, displacement)
+    return displacement
+
+
+def smooth(field: torch.Tensor, kernel: int = 3, times: int = 2) -> torch.Tensor:
+    """Box smoothing of (N, C, *spatial), ``times`` over with an odd ``kernel``.
+
+    The border is replicated, not padded with zeros: zeros would pull a displacement to nothing at the edge of
+    the field of view, where lungs move most.
+    """
+    dims = field.dim() - 2
+    pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[dims]
+    for _ in range(times):
+        field = pool(F.pad(field, [kernel // 2] * 2 * dims, mode="replicate"), kernel, stride=1)
+    return field
+
+
+def resize_field(displacement: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
+    """A displacement (N, D, *old) on another grid over the same field of view, in the voxels of that grid."""
+    old = displacement.shape[2:]
+    resized = F.interpolate(displacement, size=tuple(spatial), mode=LINEAR[len(old)], align_corners=False)
+    ratio = torch.tensor(
+        [new / was for new, was in zip(spatial, old, strict=True)], device=displacement.device
+    )
+    return resized * ratio.to(displacement.dtype).reshape(1, -1, *[1] * len(old))  # (D,) -> (1, D, 1, ...)
+
+
+def resize_points(points: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> torch.Tensor:
+    """Voxel coordinates (..., D) on a grid of size ``old``, as those of a grid of size ``new``."""
+    ratio = torch.tensor(
+        [n / o for n, o in zip(new, old, strict=True)], dtype=points.dtype, device=points.device
+    )
+    return (points + 0.5) * ratio - 0.5
+
+
+def random_velocity(
+    number: int,
+    spatial: Sequence[int],
+    *,
+    amplitude: float,
+    smoothness: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Smooth random velocity fields, float (number, D, *spatial), in voxels.
+
+    White noise on a grid with one node every ``smoothness`` voxels, interpolated between the nodes (cubic in 2D,
+    linear and smoothed in 3D) and scaled so that each component has standard deviation ``amplitude``.
+    """
+    dims = len(spatial)
+    nodes = [max(4, round(size / smoothness) + 3) for size in spatial]
+    noise = torch.randn((number, dims, *nodes), generator=generator, device=generator.device)
+    if dims == 2:
+        field = F.interpolate(noise, size=tuple(spatial), mode="bicubic", align_corners=False)
+    else:  # torch has no tricubic interpolation
+        field = F.interpolate(
+            smooth(noise, times=1), size=tuple(spatial), mode=LINEAR[dims], align_corners=False
+        )
+    return field * (amplitude / field.std().clamp_min(1e-12))
+
+
+def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
+    """Determinant of the Jacobian of x + u(x) at every voxel, (N, *spatial); 1 is no change of volume.
+
+    Central differences inside, one-sided ones at the border. A value <= 0 means that the map folds there.
+    """
+    dims = displacement.shape[1]
+    rows = torch.stack(
+        torch.gradient(displacement, dim=list(range(2, 2 + dims))), dim=-1
+    )  # (N, D, *s, D): du_d/dx_e
+    jacobian = rows.movedim(1, -2) + torch.eye(dims, device=displacement.device, dtype=displacement.dtype)
+    return torch.linalg.det(jacobian)  # (N, *s, D, D) -> (N, *s)
+
+
+def to_monai(displacement: torch.Tensor) -> torch.Tensor:
+    """The field that ``monai.networks.blocks.Warp`` wants: voxels, channel d along array axis d, as it is here.
+
+    MONAI samples with ``align_corners=True``, which for displacements in voxels reads the same places.
+    """
+    return displacement
+
+
+def to_learn2reg(displacement: torch.Tensor) -> np.ndarray:
+    """One field (D, *spatial) in Learn2Reg's form: float32 (*spatial, D), voxels, fixed to moving."""
+    return displacement.movedim(0, -1).cpu().numpy().astype(np.float32)
+
+
+def to_itk(displacement: torch.Tensor, affine: np.ndarray) -> np.ndarray:
+    """One field (D, *spatial) in ITK's form: (*spatial, D) vectors in millimetres along the LPS axes.
+
+    Args:
+        displacement: voxels, fixed to moving.
+        affine: (D + 1, D + 1) voxel-to-world matrix of the common grid in RAS, as nibabel gives it.
+
+    Returns:
+        float64 (*spatial, D). NIfTI counts right and anterior positive, ITK left and posterior.
+    """
+    dims = displacement.shape[0]
+    ras = displacement.movedim(0, -1).cpu().numpy().astype(np.float64) @ np.asarray(affine)[:dims, :dims].T
+    return ras * np.array([-1.0, -1.0, 1.0][:dims])

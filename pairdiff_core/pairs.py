@@ -1,0 +1,174 @@
+"""A set of image pairs: the one kind of thing that flows through the whole project.
+
+A pair is two label maps on one grid, the *fixed* and the *moving* image. Real data, phantoms and decoded
+synthetic tokens are all a :class:`PairSet`; 2D slices and 3D volumes differ only in the number of spatial axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from pairdiff_core import fields
+
+
+class DataError(ValueError):
+    """The data is not what it should be; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairSet:
+    """Pairs of label maps with what is known about them.
+
+    Attributes:
+        labels: uint8 (N, 2, *spatial); ``[:, 0]`` is the fixed, ``[:, 1]`` the moving image; 0 is background.
+        label_names: one name a label, index = label value, so C = ``len(label_names)`` counts the background.
+        spacing: millimetres between voxel centres along each array axis.
+        names: one name a pair, ``fixed~moving``.
+        displacement: float (N, D, *spatial) in voxels, fixed to moving, where the truth is known; else None.
+        landmarks: for each pair a float tensor (K, 2, D) of voxel coordinates, ``[:, 0]`` in the fixed and
+            ``[:, 1]`` in the moving image; None where there are none.
+        label_colours: RGB, 0 to 255, one a label; None leaves the choice to the plot.
+
+    Raises:
+        DataError: if shapes, types or label values do not fit together.
+    """
+
+    labels: torch.Tensor
+    label_names: tuple[str, ...]
+    spacing: tuple[float, ...]
+    names: tuple[str, ...]
+    displacement: torch.Tensor | None = None
+    landmarks: tuple[torch.Tensor, ...] | None = None
+    label_colours: tuple[tuple[int, int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.labels.shape)
+        if self.labels.dtype != torch.uint8 or len(shape) not in (4, 5) or shape[1] != 2:
+            raise DataError(
+                f"labels must be uint8 of shape (N, 2, *spatial) with 2 or 3 spatial axes, "
+                f"got {self.labels.dtype} of shape {shape}"
+            )
+        if self.labels.numel() and int(self.labels.max()) >= self.num_labels:
+            raise DataError(
+                f"label {int(self.labels.max())} occurs, but there are names for 0 to {self.num_labels - 1} only"
+            )
+        if len(self.spacing) != self.spatial_dims:
+            raise DataError(f"spacing has {len(self.spacing)} numbers for {self.spatial_dims} spatial axes")
+        if len(self.names) != len(self):
+            raise DataError(f"{len(self.names)} names for {len(self)} pairs")
+        if self.displacement is not None:
+            expected = (len(self), self.spatial_dims, *self.spatial)
+            if tuple(self.displacement.shape) != expected:
+                raise DataError(
+                    f"displacement must have shape {expected}, got {tuple(self.displacement.shape)}"
+                )
+        if self.landmarks is not None:
+            if len(self.landmarks) != len(self):
+                raise DataError(f"{len(self.landmarks)} sets of landmarks for {len(self)} pairs")
+            for name, points in zip(self.names, self.landmarks, strict=True):
+                if points.dim() != 3 or tuple(points.shape[1:]) != (2, self.spatial_dims):
+                    raise DataError(
+                        f"landmarks of {name} must be (K, 2, {self.spatial_dims}), got {tuple(points.shape)}"
+                    )
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Size of the common grid in voxels."""
+        return tuple(self.labels.shape[2:])
+
+    @property
+    def spatial_dims(self) -> int:
+        return self.labels.dim() - 2
+
+    @property
+    def num_labels(self) -> int:
+        """C, the number of label values, background included."""
+        return len(self.label_names)
+
+    @property
+    def fixed(self) -> torch.Tensor:
+        """uint8 (N, *spatial)."""
+        return self.labels[:, 0]
+
+    @property
+    def moving(self) -> torch.Tensor:
+        """uint8 (N, *spatial)."""
+        return self.labels[:, 1]
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> PairSet:
+        """Some of the pairs, again as a PairSet; a single index gives a set of one."""
+        chosen = torch.arange(len(self))[index].reshape(-1).tolist()  # IndexError for what is out of range
+        return replace(
+            self,
+            labels=self.labels[chosen],
+            names=tuple(self.names[i] for i in chosen),
+            displacement=None if self.displacement is None else self.displacement[chosen],
+            landmarks=None if self.landmarks is None else tuple(self.landmarks[i] for i in chosen),
+        )
+
+    def one_hot(self) -> torch.Tensor:
+        """float (N, 2, C, *spatial): one channel a label."""
+        flat = one_hot(self.labels.flatten(0, 1), self.num_labels)  # (N, 2, *s) -> (2N, C, *s)
+        return flat.unflatten(0, (len(self), 2))  # (2N, C, *s) -> (N, 2, C, *s)
+
+    def swapped(self) -> PairSet:
+        """Fixed and moving exchanged. A known displacement is dropped: its inverse is not its negative."""
+        return replace(
+            self,
+            labels=self.labels.flip(1),
+            names=tuple("~".join(reversed(name.split("~"))) for name in self.names),
+            displacement=None,
+            landmarks=None if self.landmarks is None else tuple(points.flip(1) for points in self.landmarks),
+        )
+
+    def resized(self, spatial: Sequence[int]) -> PairSet:
+        """The same pairs on another grid over the same field of view.
+
+        Labels go by majority vote, displacement is interpolated and given in the new voxels, landmarks are
+        moved with their half-voxel (the centre of voxel 0 is not at the same place on both grids).
+        """
+        spatial = tuple(spatial)
+        if spatial == self.spatial:
+            return self
+        flat = resize_labels(self.labels.flatten(0, 1), spatial, self.num_labels)  # (N, 2, *s) -> (2N, *new)
+        return replace(
+            self,
+            labels=flat.unflatten(0, (len(self), 2)),  # (2N, *new) -> (N, 2, *new)
+            spacing=tuple(
+                mm * old / new for mm, old, new in zip(self.spacing, self.spatial, spatial, strict=True)
+            ),
+            displacement=None
+            if self.displacement is None
+            else fields.resize_field(self.displacement, spatial),
+            landmarks=None
+            if self.landmarks is None
+            else tuple(fields.resize_points(points, self.spatial, spatial) for points in self.landmarks),
+        )
+
+
+def one_hot(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Label maps (N, *spatial) as float (N, C, *spatial), one channel a label."""
+    return F.one_hot(labels.long(), num_labels).movedim(-1, 1).float()
+
+
+def resize_labels(labels: torch.Tensor, spatial: Sequence[int], num_labels: int) -> torch.Tensor:
+    """Label maps (N, *old) on another grid, uint8 (N, *spatial).
+
+    Each new voxel takes the label that fills most of it: the area average of the one-hot maps when the grid
+    gets coarser, their linear interpolation when it gets finer. Of equals the lowest label wins.
+    """
+    spatial = tuple(spatial)
+    coarser = all(new <= old for new, old in zip(spatial, labels.shape[1:], strict=True))
+    mode = "area" if coarser else {2: "bilinear", 3: "trilinear"}[len(spatial)]
+    resized = []
+    for image in labels:  # one at a time: 25 float channels of a whole set would not fit in memory
+        maps = one_hot(image[None], num_labels)
+        resized.append(F.interpolate(maps, size=spatial, mode=mode).argmax(1))
+    return torch.cat(resized).to(torch.uint8) if resized else labels.new_zeros((0, *spatial))

@@ -1,0 +1,239 @@
+"""Every number that makes a run small or large, in one place.
+
+Three profiles: ``quick`` runs each chapter within a minute on two cores, ``laptop`` gives a real result on a CPU,
+``paper`` has the published sizes. The published 3D value stands beside each number that differs from it; there is
+no published 2D network, so the 2D sizes are this book's own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random warps of training pairs; zero switches a part off."""
+
+    affine: float  # standard deviation of the entries of the affine matrix (published: 0.05)
+    common: float  # voxels, standard deviation of a smooth velocity common to both images
+    own: float  # voxels, the same for each image alone
+    smoothness: float  # voxels between the nodes of those velocities
+
+
+@dataclass(frozen=True)
+class VQAEProfile:
+    """Stage 1, the paired VQ autoencoder."""
+
+    channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
+    strides: tuple[int, ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
+    codes: int  # published: 1024
+    fade_in: int  # training batches over which quantisation fades in (published: none)
+    steps: int  # published: 336,000 samples
+    batch: int
+    learning_rate: float  # published: 5e-4
+    augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class DiffusionProfile:
+    """Stage 3, the denoiser of masked tokens."""
+
+    layers: int  # published: 12
+    width: int  # published: 512
+    heads: int  # published: 16
+    feed_forward: int  # published: 1024
+    copies: int  # augmented token copies of each training pair
+    steps: int  # published: 120,000 samples
+    batch: int
+    learning_rate: float  # published: 1e-4
+    average: float  # decay of the moving average of the weights, a step
+
+
+@dataclass(frozen=True)
+class SynthesisProfile:
+    """Stage 4, new pairs."""
+
+    pairs: int  # published: 256
+    steps: int  # network passes (published: 256)
+    temperature: float  # published: 0.9
+
+
+class Level(NamedTuple):
+    """One level of an optimisation over velocities."""
+
+    scale: int  # images are averaged over this many voxels a side
+    control: int  # the update lives on a grid this many times coarser than those
+    steps: int  # of Adam
+    learning_rate: float  # of Adam, in voxels of the level
+
+
+@dataclass(frozen=True)
+class RegistrationProfile:
+    """Stage 5, registration: the network, its training, and the optimisers without training."""
+
+    channels: tuple[int, ...]  # published: 8 16 32 64 64 64
+    scale: int  # velocities live on a grid this many times coarser than the images (published: 2)
+    squarings: int  # published: 12
+    smoothness: float  # weight of the squared gradient (published: 0.5)
+    steps: int
+    batch: int
+    learning_rate: float
+    instance: Level  # published: 50 steps
+    baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All numbers of one run."""
+
+    name: str
+    spatial: tuple[int, ...]  # voxels of the common grid
+    num_labels: int  # C, background included
+    max_pairs: int  # at most so many pairs of each split are loaded
+    phantom_subjects: int  # training subjects of the phantom; tests use a quarter as many more
+    vqae: VQAEProfile
+    diffusion: DiffusionProfile
+    synthesis: SynthesisProfile
+    registration: RegistrationProfile
+
+
+_QUICK_2D = Profile(
+    name="quick",
+    spatial=(80, 96),
+    num_labels=5,
+    max_pairs=400,
+    phantom_subjects=16,
+    vqae=VQAEProfile(
+        channels=(24, 32, 64),
+        strides=(2, 2, 2),
+        codes=256,
+        fade_in=250,
+        steps=800,
+        batch=8,
+        learning_rate=4e-3,
+        augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12),
+    ),
+    diffusion=DiffusionProfile(
+        layers=3,
+        width=96,
+        heads=4,
+        feed_forward=192,
+        copies=4,
+        steps=400,
+        batch=32,
+        learning_rate=2e-3,
+        average=0.99,
+    ),
+    synthesis=SynthesisProfile(pairs=48, steps=32, temperature=0.9),
+    registration=RegistrationProfile(
+        channels=(8, 16, 32, 32, 32, 16),
+        scale=2,
+        squarings=5,
+        smoothness=0.25,
+        steps=120,
+        batch=8,
+        learning_rate=4e-3,
+        instance=Level(scale=2, control=1, steps=20, learning_rate=0.05),
+        baseline=tuple(Level(scale=scale, control=1, steps=25, learning_rate=0.1) for scale in (8, 4, 2)),
+    ),
+)
+
+_LAPTOP_2D = Profile(
+    name="laptop",
+    spatial=(160, 192),
+    num_labels=5,
+    max_pairs=2000,
+    phantom_subjects=32,
+    vqae=VQAEProfile(
+        channels=(16, 32, 32, 64, 64, 128),
+        strides=(1, 2, 1, 2, 1, 2),
+        codes=512,
+        fade_in=300,
+        steps=1500,
+        batch=8,
+        learning_rate=2e-3,
+        augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24),
+    ),
+    diffusion=DiffusionProfile(
+        layers=6,
+        width=192,
+        heads=6,
+        feed_forward=384,
+        copies=8,
+        steps=2500,
+        batch=16,
+        learning_rate=1e-3,
+        average=0.998,
+    ),
+    synthesis=SynthesisProfile(pairs=256, steps=256, temperature=0.9),
+    registration=RegistrationProfile(
+        channels=(8, 16, 32, 64, 64, 64),
+        scale=2,
+        squarings=6,
+        smoothness=0.25,
+        steps=1000,
+        batch=4,
+        learning_rate=2e-3,
+        instance=Level(scale=2, control=1, steps=30, learning_rate=0.05),
+        baseline=tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2)),
+    ),
+)
+
+_PAPER_2D = Profile(
+    name="paper",
+    spatial=(160, 192),
+    num_labels=25,
+    max_pairs=4000,
+    phantom_subjects=64,
+    vqae=VQAEProfile(
+        channels=(48, 48, 64, 64, 128, 192, 256, 384),
+        strides=(1, 2, 1, 2, 1, 2, 1, 1),  # eight times down: a slice has far fewer voxels than a volume
+        codes=1024,
+        fade_in=4_000,
+        steps=42_000,  # 336,000 samples
+        batch=8,
+        learning_rate=5e-4,
+        augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24),
+    ),
+    diffusion=DiffusionProfile(
+        layers=12,
+        width=512,
+        heads=16,
+        feed_forward=1024,
+        copies=8,
+        steps=7_500,  # 120,000 samples
+        batch=16,
+        learning_rate=1e-4,
+        average=0.999,
+    ),
+    synthesis=SynthesisProfile(pairs=256, steps=256, temperature=0.9),
+    registration=RegistrationProfile(
+        channels=(8, 16, 32, 64, 64, 64),
+        scale=2,
+        squarings=7,
+        smoothness=0.25,
+        steps=20_000,
+        batch=4,
+        learning_rate=1e-3,
+        instance=Level(scale=2, control=1, steps=50, learning_rate=0.05),
+        baseline=tuple(Level(scale=scale, control=1, steps=60, learning_rate=0.1) for scale in (8, 4, 2)),
+    ),
+)
+
+PROFILES = {2: {profile.name: profile for profile in (_QUICK_2D, _LAPTOP_2D, _PAPER_2D)}}
+
+
+def get_profile(name: str | None = None, spatial_dims: int = 2) -> Profile:
+    """The profile of that name; without one, the one that ``PAIRDIFF_PROFILE`` names, else ``quick``.
+
+    Raises:
+        ValueError: for a name that there is not; the message lists those there are.
+    """
+    profiles = PROFILES[spatial_dims]
+    source = "the name" if name else "PAIRDIFF_PROFILE"
+    name = name or os.environ.get("PAIRDIFF_PROFILE") or "quick"
+    if name not in profiles:
+        raise ValueError(f"{source} is {name!r}, but the profiles are {', '.join(profiles)}")
+    return profiles[name]
