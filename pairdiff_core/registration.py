@@ -1,0 +1,232 @@
+"""Stage 5: deformable registration, inverse consistent by construction.
+
+A deformation is described by one or two stationary velocity fields (v1, v2). Negating them all inverts the
+deformation exactly, up to interpolation; a network whose velocities change sign when its two images are swapped
+therefore gives register(B, A) = inverse of register(A, B). Background: Arsigny et al., MICCAI 2006 (scaling and
+squaring); Greer et al., "Inverse Consistency by Construction for Multistep Deep Registration", MICCAI 2023.
+
+Images come in as *maps*: float (N, M, *spatial), one channel a structure, 0 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from monai.networks.layers import GaussianFilter
+from monai.networks.nets import BasicUNet
+from torch import nn
+
+from pairdiff_core.fields import LINEAR, compose, exponentiate, resize_field, smooth, warp
+from pairdiff_core.pairs import one_hot
+from pairdiff_core.profiles import Level
+
+Velocities = tuple[torch.Tensor, ...]  # one or two float (N, D, *grid), in voxels of that grid
+
+
+class Deformation(NamedTuple):
+    """A displacement and its inverse, float (N, D, *spatial), in voxels."""
+
+    displacement: torch.Tensor  # fixed to moving: warp(moving, displacement) looks like fixed
+    inverse: torch.Tensor  # moving to fixed: warp(fixed, inverse) looks like moving
+
+    def resized(self, spatial: Sequence[int]) -> Deformation:
+        """The same deformation on another grid over the same field of view."""
+        return Deformation(*(resize_field(field, spatial) for field in self))
+
+
+def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
+    """Velocities as a deformation that is inverted by negating them.
+
+    One velocity: exp(v1). Two: exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al. 2023,
+    eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be.
+    """
+
+    def flow(signed: Velocities) -> torch.Tensor:
+        first, *rest = signed
+        if not rest:
+            return exponentiate(first, squarings)
+        half = exponentiate(first / 2, squarings)
+        return compose(compose(half, flow(tuple(rest))), half)
+
+    return Deformation(flow(velocities), flow(tuple(-velocity for velocity in velocities)))
+
+
+class RegistrationLoss(NamedTuple):
+    """Terms of the loss, scalars."""
+
+    total: torch.Tensor
+    dissimilarity: (
+        torch.Tensor
+    )  # mean over voxels of the summed absolute difference of the maps, both directions
+    roughness: torch.Tensor  # mean squared gradient of the displacement, voxels per voxel
+
+
+def registration_loss(
+    deformation: Deformation, fixed: torch.Tensor, moving: torch.Tensor, smoothness: float
+) -> RegistrationLoss:
+    """L1 between the maps (N, M, *spatial) after warping, both ways, plus ``smoothness`` x squared gradient."""
+    forth = (warp(moving, deformation.displacement) - fixed).abs().sum(1).mean()
+    back = (warp(fixed, deformation.inverse) - moving).abs().sum(1).mean()
+    roughness = (squared_gradient(deformation.displacement) + squared_gradient(deformation.inverse)) / 2
+    dissimilarity = (forth + back) / 2
+    return RegistrationLoss(dissimilarity + smoothness * roughness, dissimilarity, roughness)
+
+
+def squared_gradient(field: torch.Tensor) -> torch.Tensor:
+    """Mean squared forward difference of a field (N, D, *spatial), summed over axes.
+
+    MONAI's ``DiffusionLoss`` takes central differences, which do not see a field that alternates from voxel to voxel.
+    """
+    axes = range(2, field.dim())
+    return sum(field.diff(dim=axis).square().mean() for axis in axes)
+
+
+def label_maps(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Label maps uint8 (N, *spatial) as float (N, C - 1, *spatial), without the background."""
+    return one_hot(labels, num_labels)[:, 1:]
+
+
+def pool(maps: torch.Tensor, scale: int) -> torch.Tensor:
+    """Maps (N, M, *spatial) averaged over cubes of ``scale`` voxels: the share of each structure in each cube."""
+    if scale == 1:
+        return maps
+    return F.interpolate(maps, size=[max(1, size // scale) for size in maps.shape[2:]], mode="area")
+
+
+class TwoStepNetwork(nn.Module):
+    """Two small U-Nets, one after the other, that give velocities of opposite sign when the images are swapped.
+
+    Each U-Net sees (A, B) and (B, A) in one batch; the difference of its two answers, smoothed, is the velocity.
+    The second step sees both images moved halfway by the first, so that swapping them swaps its inputs, too.
+
+    Args:
+        spatial_dims: 2 or 3.
+        maps: M, channels of one image.
+        channels: of MONAI's ``BasicUNet``, six numbers (published: 8 16 32 64 64 64).
+        scale: the velocities live on a grid this many times coarser than the images (published: 2).
+        squarings: of scaling and squaring.
+    """
+
+    def __init__(
+        self, spatial_dims: int, maps: int, channels: Sequence[int], scale: int = 2, squarings: int = 6
+    ) -> None:
+        super().__init__()
+        self.scale, self.squarings = scale, squarings
+        self.steps = nn.ModuleList(
+            BasicUNet(spatial_dims, 2 * maps, spatial_dims, tuple(channels)) for _ in range(2)
+        )
+        for step in self.steps:  # start from the identity
+            nn.init.zeros_(step.final_conv.weight)
+            nn.init.zeros_(step.final_conv.bias)
+
+    def _velocity(self, step: nn.Module, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([torch.cat([fixed, moving], 1), torch.cat([moving, fixed], 1)])  # (2N, 2M, *grid)
+        forth, back = step(both).chunk(2)
+        return smooth(forth - back)
+
+    def velocities(self, fixed: torch.Tensor, moving: torch.Tensor) -> Velocities:
+        """Both velocities for maps (N, M, *spatial), on the coarser grid and in its voxels."""
+        smallest = 16 * self.scale  # the U-Net halves its grid four times
+        if min(fixed.shape[2:]) < smallest:
+            raise ValueError(f"images need at least {smallest} voxels a side, got {tuple(fixed.shape[2:])}")
+        fixed, moving = pool(fixed, self.scale), pool(moving, self.scale)
+        first = self._velocity(self.steps[0], fixed, moving)
+        half = integrate((first / 2,), self.squarings)
+        second = self._velocity(self.steps[1], warp(fixed, half.inverse), warp(moving, half.displacement))
+        return first, second
+
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> Deformation:
+        """Register maps (N, M, *spatial); the deformation lives on the coarser grid, in its voxels."""
+        return integrate(self.velocities(fixed, moving), self.squarings)
+
+
+def optimise(
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    velocities: Velocities,
+    level: Level,
+    *,
+    smoothness: float,
+    blur: float = 0.8,
+    squarings: int = 6,
+) -> Velocities:
+    """Improve velocities for these very images (N, M, *spatial) by gradient descent; no training, no labels of others.
+
+    The update is a coarse control grid, smoothed, added to each velocity; signs and compositions stay as they are,
+    so the result is inverse consistent by construction like its start.
+
+    Args:
+        velocities: where to start, on any grid over the same view.
+        smoothness: weight of the squared gradient of the displacement.
+        blur: standard deviation of a Gaussian on the pooled maps, in voxels of the level; 0 for none.
+
+    Returns:
+        Velocities on the level's grid, in its voxels.
+    """
+    fixed, moving = pool(fixed, level.scale), pool(moving, level.scale)
+    grid = fixed.shape[2:]
+    if blur > 0:
+        gaussian = GaussianFilter(len(grid), blur).to(fixed.device)
+        fixed, moving = gaussian(fixed), gaussian(moving)
+    start = tuple(resize_field(velocity.detach(), grid) for velocity in velocities)
+    control = [max(1, size // level.control) for size in grid]
+    updates = [
+        torch.zeros((*fixed.shape[:1], len(grid), *control), device=fixed.device, requires_grad=True)
+        for _ in start
+    ]
+    adam = torch.optim.Adam(updates, lr=level.learning_rate)
+
+    def current() -> Velocities:
+        finer = [F.interpolate(smooth(update), size=grid, mode=LINEAR[len(grid)]) for update in updates]
+        return tuple(velocity + update for velocity, update in zip(start, finer, strict=True))
+
+    for _ in range(level.steps):
+        loss = registration_loss(integrate(current(), squarings), fixed, moving, smoothness)
+        adam.zero_grad()
+        loss.total.backward()
+        adam.step()
+    with torch.no_grad():
+        return current()
+
+
+def register_multilevel(
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    levels: Sequence[Level],
+    *,
+    smoothness: float,
+    squarings: int = 6,
+) -> Deformation:
+    """The no-training baseline: from the identity, coarse to fine, one velocity; displacement on the images' grid."""
+    dims = fixed.dim() - 2
+    velocities: Velocities = (fixed.new_zeros((len(fixed), dims, *[1] * dims)),)
+    for level in levels:
+        velocities = optimise(fixed, moving, velocities, level, smoothness=smoothness, squarings=squarings)
+    with torch.no_grad():
+        return integrate(velocities, squarings).resized(fixed.shape[2:])
+
+
+def register(
+    network: TwoStepNetwork,
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    instance: Level | None = None,
+    *,
+    smoothness: float = 0.0,
+) -> Deformation:
+    """Register maps (N, M, *spatial) by a trained network, then optionally optimise for these very images.
+
+    Returns the deformation on the images' grid, in its voxels.
+    """
+    network.eval()
+    with torch.no_grad():
+        velocities = network.velocities(fixed, moving)
+    if instance is not None:
+        velocities = optimise(
+            fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
+        )
+    with torch.no_grad():
+        return integrate(velocities, network.squarings).resized(fixed.shape[2:])

@@ -1,0 +1,284 @@
+"""Measured results: one run through all stages, scored on unseen pairs, as one JSON file with its provenance.
+
+``python -m pairdiff_core.results --help`` says how to make the files in ``book/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pairdiff_core import absorbing, metrics, pipeline, vqae
+from pairdiff_core.checkpoints import provenance
+from pairdiff_core.data import DATASETS
+from pairdiff_core.fields import warp_labels
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.profiles import get_profile
+from pairdiff_core.registration import Deformation
+from pairdiff_core.runs import Run, Stage, fingerprint
+from pairdiff_core.training import best_device
+
+SHOWN = 4  # pairs kept in the file as pictures
+COMPARED = 48  # pairs of each set whose displacements are compared
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Run (or load) every stage and measure it on the test pairs, which nothing was trained or chosen on.
+
+    Returns:
+        ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
+        ``synthetic``, ``histories``, ``pictures``, ``seconds`` a stage, ``provenance``. Shares are 0 to 1 unless
+        a name ends in ``_percent``; lengths are in voxels (``_px``) or millimetres (``_mm``).
+    """
+    started = time.perf_counter()
+    autoencoder = pipeline.train_vqae(run)
+    tokens = pipeline.encode_training_pairs(run, autoencoder)
+    denoiser = pipeline.train_denoiser(run, tokens)
+    synthesis_started = time.perf_counter()
+    new_tokens = pipeline.synthesise(run, autoencoder, denoiser)
+    synthesis_seconds = time.perf_counter() - synthesis_started
+    synthetic = pipeline.decode_pairs(run, autoencoder, new_tokens)
+    networks = {
+        "real": pipeline.train_registration(run, run.train, "real"),
+        "real, warped": pipeline.train_registration(run, run.train, "real-warped", warped=True),
+        "synthetic": pipeline.train_registration(run, synthetic, "synthetic"),
+        "synthetic, warped": pipeline.train_registration(run, synthetic, "synthetic-warped", warped=True),
+    }
+    registration = compare_methods(run, run.test, networks)
+    stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}
+    measured = {
+        "registration": registration,
+        "vqae": {split: describe_vqae(run, autoencoder, pairs) for split, pairs in _splits(run)},
+        "denoiser": {
+            split: describe_denoiser(run, autoencoder, denoiser, pairs) for split, pairs in _splits(run)
+        },
+        "synthetic": describe_synthetic(run, autoencoder, synthetic),
+        "histories": {name: stage.history for name, stage in stages.items()},
+        "pictures": {
+            "synthetic": pack_labels(synthetic.labels[:SHOWN]),
+            "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:SHOWN])),
+            "test": pack_labels(run.test.labels[:SHOWN]),
+        },
+        "seconds": {name: stage.seconds for name, stage in stages.items()} | {"synthesis": synthesis_seconds},
+    }
+    data = {"train pairs": fingerprint(run.train.labels), "test pairs": fingerprint(run.test.labels)}
+    made_by = provenance(run.profile.name, run.seed, best_device(), data)
+    made_by |= {"dataset": run.dataset, "pairs": {"train": len(run.train), "test": len(run.test)}}
+    made_by["wall_seconds"] = time.perf_counter() - started
+    return {"summary": summarise(measured), **measured, "provenance": made_by}
+
+
+def _splits(run: Run) -> list[tuple[str, PairSet]]:
+    return [("train", run.train), ("test", run.test)]
+
+
+def summarise(measured: dict[str, Any]) -> dict[str, float]:
+    """The handful of numbers that the text quotes; registration by the network trained on synthetic pairs alone."""
+    rows = {row["method"]: row for row in measured["registration"]}
+    gain = {name: rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic")}
+    return {
+        "vqae_dice": measured["vqae"]["test"]["dice"],
+        "codes_used": measured["vqae"]["train"]["codes_used"],
+        "bits_per_token": measured["denoiser"]["test"]["bits_per_token"],
+        "dice_before": rows["before"]["dice"],
+        "dice_baseline": rows["baseline"]["dice"],
+        "dice_real": rows["real"]["dice"],
+        "dice_synthetic": rows["synthetic"]["dice"],
+        "dice_synthetic_instance": rows["synthetic + instance"]["dice"],
+        "gain_synthetic_over_real": gain["synthetic"] / gain["real"],
+        "folding_percent": rows["synthetic"]["folding_percent"],
+        "inverse_error_px": rows["synthetic"]["inverse_error_px"],
+    }
+
+
+def compare_methods(run: Run, pairs: PairSet, networks: dict[str, Stage]) -> list[dict[str, Any]]:
+    """One row a method: before, the no-training baseline, and each network without and with instance optimisation."""
+    rows = [{"method": "before", **score(pairs)}]
+    methods = {"baseline": partial(pipeline.register_pairs, run, pairs)}
+    for name, stage in networks.items():
+        methods[name] = partial(pipeline.register_pairs, run, pairs, stage)
+        methods[f"{name} + instance"] = partial(pipeline.register_pairs, run, pairs, stage, instance=True)
+    for name, register in methods.items():
+        started = time.perf_counter()
+        deformation = register()
+        seconds = (time.perf_counter() - started) / len(pairs)
+        rows.append({"method": name, **score(pairs, deformation), "seconds_per_pair": seconds})
+    return rows
+
+
+def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, Any]:
+    """How well pairs are registered; without a deformation, how well they overlap before.
+
+    Returns:
+        ``dice`` (mean over pairs of the mean over structures), ``dice_per_pair``, ``dice_per_structure``; of a
+        deformation also ``folding_percent``, ``log_jacobian_sd`` and ``inverse_error_px`` (means over pairs); where
+        landmarks are known, ``tre_mm`` (mean over pairs of the mean over landmarks).
+    """
+    displacement = torch.zeros(len(pairs), pairs.spatial_dims, *pairs.spatial)
+    extra: dict[str, float] = {}
+    if deformation is not None:
+        displacement = deformation.displacement
+        extra = {
+            "folding_percent": float(metrics.folding_percent(displacement).mean()),
+            "log_jacobian_sd": float(metrics.log_jacobian_sd(displacement).mean()),
+            "inverse_error_px": float(metrics.inverse_consistency_error(*deformation).mean()),
+        }
+    if pairs.landmarks is not None:
+        per_pair = [
+            metrics.target_registration_error(field, points, pairs.spacing).mean()
+            for field, points in zip(displacement, pairs.landmarks, strict=True)
+        ]
+        extra["tre_mm"] = float(torch.stack(per_pair).mean())
+    dice = metrics.dice(warp_labels(pairs.moving, displacement), pairs.fixed, pairs.num_labels)
+    return {"dice": float(dice.nanmean(1).mean()), "dice_per_pair": dice.nanmean(1).tolist(),
+            "dice_per_structure": _per_structure(pairs, dice), **extra}  # fmt: skip
+
+
+def describe_vqae(run: Run, autoencoder: Stage, pairs: PairSet) -> dict[str, Any]:
+    """Reconstruction (``dice``, ``dice_per_structure``) and codebook health (``codes_used``, ``perplexity``) on pairs.
+
+    ``pair_dice_real`` and ``pair_dice_decoded`` are the overlap of fixed and moving before and after: an autoencoder
+    that encodes the average of both images makes them overlap more.
+    """
+    tokens = vqae.encode_pairs(autoencoder.model, pairs.labels)
+    decoded = vqae.decode_labels(autoencoder.model, tokens)
+    dice = metrics.dice(decoded.flatten(0, 1), pairs.labels.flatten(0, 1), pairs.num_labels)
+    use = metrics.codebook_use(tokens, run.profile.vqae.codes)
+    return {
+        "dice": float(dice.nanmean(1).mean()),
+        "dice_per_structure": _per_structure(pairs, dice),
+        "pair_dice_real": float(metrics.mean_dice(pairs.fixed, pairs.moving, pairs.num_labels).mean()),
+        "pair_dice_decoded": float(metrics.mean_dice(decoded[:, 0], decoded[:, 1], pairs.num_labels).mean()),
+        "codes_used": use.used,
+        "perplexity": use.perplexity,
+    }
+
+
+def _reconstruct(autoencoder: Stage, labels: torch.Tensor) -> torch.Tensor:
+    return vqae.decode_labels(autoencoder.model, vqae.encode_pairs(autoencoder.model, labels))
+
+
+def _per_structure(pairs: PairSet, dice: torch.Tensor) -> dict[str, float]:
+    return dict(zip(pairs.label_names[1:], dice.nanmean(0).tolist(), strict=True))
+
+
+def describe_denoiser(run: Run, autoencoder: Stage, denoiser: Stage, pairs: PairSet) -> dict[str, float]:
+    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error."""
+    device = best_device()
+    labels = pairs.labels[:: -(-len(pairs) // 64)]
+    sequences = (
+        vqae.encode_pairs(autoencoder.model, labels).flatten(1).long().to(device)
+    )  # (N, *grid) -> (N, L)
+    generator = run.generator("bits per token", device)
+    bits = absorbing.bits_per_token(denoiser.model, sequences, denoiser.model.mask_token, generator)
+    return {"bits_per_token": float(bits.mean()), "standard_error": float(bits.std() / len(bits) ** 0.5)}
+
+
+def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict[str, Any]:
+    """Synthetic pairs beside the real training pairs, with held-out real pairs beside the same as the yardstick.
+
+    ``areas`` and ``displacements`` (found by the no-training baseline) compare sizes; ``quality`` has precision,
+    recall, density and coverage in the feature space of :func:`metrics.pair_features` with one cell per 16 voxels;
+    ``memorisation`` the audit against training pairs. The audit sees real pairs after the autoencoder, as the
+    synthetic ones are: otherwise its blur would pass for novelty. ``images`` repeats it for single images.
+    """
+    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:COMPARED].tolist()
+    displacement = {
+        name: pipeline.register_pairs(run, pairs, batch=16).displacement
+        for name, pairs in (("real", run.train[some]), ("synthetic", synthetic[:COMPARED]))
+    }
+    cells = [max(2, size // 16) for size in run.train.spatial]
+    seen = {name: _reconstruct(autoencoder, pairs.labels) for name, pairs in _splits(run)} | {
+        "synthetic": synthetic.labels
+    }
+    features = {
+        name: metrics.pair_features(labels, synthetic.num_labels, cells) for name, labels in seen.items()
+    }
+    images = {
+        name: labels.flatten(0, 1)[:, None] for name, labels in seen.items()
+    }  # (N, 2, *s) -> (2N, 1, *s)
+    return {
+        "pairs": len(synthetic),
+        "areas": metrics.compare_areas(run.train.labels, synthetic.labels, run.train.label_names),
+        "displacements": metrics.compare_displacements(displacement["real"], displacement["synthetic"]),
+        "quality": {
+            name: metrics.precision_recall_density_coverage(features["train"], features[name])._asdict()
+            for name in ("synthetic", "test")
+        },
+        "memorisation": {
+            "pairs": _audit(seen["synthetic"], seen["train"], seen["test"]),
+            "images": _audit(images["synthetic"], images["train"], images["test"]),
+        },
+    }  # fmt: skip
+
+
+def _audit(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> dict[str, Any]:
+    audit = metrics.memorisation_audit(samples, training, held_out)
+    return {
+        key: value.tolist() if isinstance(value, torch.Tensor) else value
+        for key, value in audit._asdict().items()
+    }
+
+
+def pack_labels(labels: torch.Tensor) -> dict[str, Any]:
+    """Label maps uint8 of any shape as text that fits into JSON: ``shape`` and zlib-packed base64 ``bytes``."""
+    packed = base64.b85encode(zlib.compress(labels.contiguous().numpy().tobytes(), 9)).decode()
+    return {"shape": list(labels.shape), "bytes": packed}
+
+
+def unpack_labels(packed: dict[str, Any]) -> torch.Tensor:
+    """The label maps that :func:`pack_labels` packed."""
+    content = np.frombuffer(zlib.decompress(base64.b85decode(packed["bytes"])), dtype=np.uint8)
+    return torch.from_numpy(content.copy()).reshape(packed["shape"])
+
+
+def write_results(path: str | Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, one value a line down to lists of numbers; an older file is replaced at the very end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits: what is beyond differs between machines and would only make the file long."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure one run and write the file."""
+    parser = argparse.ArgumentParser(prog="python -m pairdiff_core.results", description=main.__doc__)
+    parser.add_argument("file", type=Path, help="JSON file to write, such as book/results/brain2d.json")
+    parser.add_argument("--dataset", choices=DATASETS, default="oasis2d")
+    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--data", type=Path, help="folder of the real data; default: the environment variables"
+    )
+    parser.add_argument("--run", type=Path, help="run folder, which finished stages are loaded from")
+    chosen = parser.parse_args(arguments)
+    run = Run(chosen.dataset, get_profile(chosen.profile), chosen.seed, chosen.run, chosen.data)
+    results = measure(run)
+    write_results(chosen.file, results)
+    for name, value in results["summary"].items():
+        print(f"{name:26} {value:.4f}")
+    print(f"written to {chosen.file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Run folders: what one data set, profile and seed have produced so far, each piece loaded or made once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pairdiff_core import data
+from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, load_into, provenance, save_checkpoint
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.profiles import Profile
+from pairdiff_core.training import History, best_device
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A data set, a profile and a seed, and the folder that keeps what is made of them.
+
+    Attributes:
+        dataset: one of ``data.DATASETS``.
+        profile: sizes, steps and weights of everything.
+        seed: of everything random in the run.
+        folder: where results are kept; None takes ``<dataset>-<profile>-seed<seed>`` in the folder that
+            ``PAIRDIFF_RUNS`` names, else in ``runs``.
+        data: folder of the real data; None looks where the environment variables say.
+    """
+
+    dataset: str
+    profile: Profile
+    seed: int = 0
+    folder: str | Path | None = None
+    data: str | Path | None = None
+
+    @cached_property
+    def path(self) -> Path:
+        """The run's folder; it need not exist yet."""
+        default = (
+            Path(os.environ.get("PAIRDIFF_RUNS", "runs"))
+            / f"{self.dataset}-{self.profile.name}-seed{self.seed}"
+        )
+        return Path(self.folder or default)
+
+    @cached_property
+    def train(self) -> PairSet:
+        """Pairs of the training subjects."""
+        return data.load_pairs(self.dataset, "train", self.profile, data=self.data, seed=self.seed)
+
+    @cached_property
+    def test(self) -> PairSet:
+        """Pairs of subjects that no training pair shows."""
+        return data.load_pairs(self.dataset, "test", self.profile, data=self.data, seed=self.seed)
+
+    def seed_of(self, stage: str) -> int:
+        """A seed for one stage, the same whether the stages before it were trained or loaded."""
+        return int(digest(f"{self.seed} {stage}".encode()), 16) % 2**31
+
+    def generator(self, stage: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A random generator seeded by :meth:`seed_of`."""
+        return torch.Generator(device).manual_seed(self.seed_of(stage))
+
+
+class Stage(NamedTuple):
+    """A trained model and how it came to be."""
+
+    model: nn.Module
+    history: History
+    seconds: float  # of training
+    loaded: bool  # found in the run folder, not trained just now
+    fingerprint: str  # of the weights
+
+
+def load_or_train(
+    run: Run,
+    name: str,
+    config: Mapping[str, Any],
+    make: Callable[[], nn.Module],
+    fit: Callable[[nn.Module], History],
+) -> Stage:
+    """The model of the checkpoint ``name`` in the run folder; trained and saved there if there is none.
+
+    Args:
+        config: everything that the result depends on, JSON-able. A checkpoint made with another is refused.
+        make: builds the untrained model; random initialisation is seeded by the run.
+        fit: trains it in place and returns the history.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or was made with another config; it stays as it is.
+    """
+    path = run.path / f"{name}.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed_of(name))
+        model = make()
+        if path.exists():
+            metadata = load_into(model, path)
+            _check_config(path, metadata, config)
+        else:
+            started = time.perf_counter()
+            history = fit(model)
+            metadata = _describe(run, config, time.perf_counter() - started) | {"history": history}
+            save_checkpoint(path, model.state_dict(), metadata)
+            metadata["trained"] = True
+    model.to(best_device()).eval()
+    loaded = "trained" not in metadata
+    return Stage(
+        model, metadata["history"], metadata["seconds"], loaded, fingerprint(*model.state_dict().values())
+    )
+
+
+def load_or_make(
+    run: Run, name: str, config: Mapping[str, Any], make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """The tensor that the checkpoint ``name`` in the run folder holds; made and saved there if there is none.
+
+    Raises:
+        CheckpointError: as :func:`load_or_train`.
+    """
+    path = run.path / f"{name}.safetensors"
+    if path.exists():
+        tensors, metadata = load_checkpoint(path)
+        _check_config(path, metadata, config)
+        return tensors["tensor"]
+    started = time.perf_counter()
+    tensor = make()
+    save_checkpoint(path, {"tensor": tensor}, _describe(run, config, time.perf_counter() - started))
+    return tensor
+
+
+def _describe(run: Run, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    made_by = provenance(run.profile.name, run.seed, best_device())
+    return {"config": dict(config), "dataset": run.dataset, "seconds": seconds, "provenance": made_by}
+
+
+def _check_config(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    was = metadata.get("config", {})
+    different = [key for key in sorted({*was, *config}) if _plain(was.get(key)) != _plain(config.get(key))]
+    if different:
+        raise CheckpointError(
+            f"{path} was made with other settings ({', '.join(different)} differ from now). It stays as it is: "
+            "choose another run folder (PAIRDIFF_RUNS), or delete the file to make it again."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """A short hash of the contents of tensors."""
+    return digest(b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors))
+
+
+def digest(content: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]

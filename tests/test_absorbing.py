@@ -1,0 +1,174 @@
+"""The absorbing process: its contracts, its bound and its sampler, against a toy whose joint is known exactly."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pairdiff_core import absorbing
+
+CODES, LENGTH = 3, 4
+MASK = CODES
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """A random joint distribution over all CODES ** LENGTH sequences, strongly correlated."""
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn([CODES] * LENGTH, generator=generator, dtype=torch.float64)).flatten().softmax(0)
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return torch.tensor(list(itertools.product(range(CODES), repeat=LENGTH)))
+
+
+@pytest.fixture(scope="module")
+def exact(joint, sequences):
+    """The perfect denoiser: conditionals of every token given the ones that are not masked."""
+
+    def predict(tokens):
+        known = tokens[:, None] != MASK  # (N, 1, L)
+        fits = ((tokens[:, None] == sequences) | ~known).all(2)  # (N, S)
+        weights = fits * joint  # (N, S)
+        one_hot = torch.nn.functional.one_hot(sequences, CODES).double()  # (S, L, K)
+        chances = torch.einsum("ns,slk->nlk", weights, one_hot)
+        return (chances / chances.sum(-1, keepdim=True)).clamp_min(1e-300).log()
+
+    return predict
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_every_token_is_masked_independently_with_probability_t():
+    tokens = torch.zeros(20_000, 8, dtype=torch.long)
+    t = torch.full((len(tokens),), 0.3)
+    state = absorbing.mask_tokens(tokens, t, MASK, seeded())
+    assert torch.equal(state.tokens == MASK, state.masked)
+    assert state.masked.float().mean() == pytest.approx(0.3, abs=0.01)
+    correlation = torch.corrcoef(state.masked.float().T) - torch.eye(8)
+    assert correlation.abs().max() < 0.03
+
+
+def test_nothing_is_masked_at_0_and_everything_at_1():
+    tokens = torch.randint(0, CODES, (6, LENGTH))
+    state = absorbing.mask_tokens(tokens, torch.tensor([0.0, 1.0]).repeat(3), MASK, seeded())
+    assert torch.equal(state.tokens[::2], tokens[::2])
+    assert torch.all(state.tokens[1::2] == MASK)
+
+
+def test_the_bound_of_the_perfect_denoiser_is_the_entropy(joint, sequences, exact):
+    """With exact conditionals every order of revealing gives the same likelihood, so the bound is tight."""
+    expected = -joint.log2()  # bits of each sequence
+    found = (
+        sum(absorbing.bits_per_token(exact, sequences, MASK, seeded(s), draws=LENGTH) for s in range(400))
+        / 400
+    )
+    torch.testing.assert_close((joint * found).sum() * LENGTH, (joint * expected).sum(), atol=0.03, rtol=0)
+
+
+def test_the_bound_of_a_clueless_denoiser_is_log2_of_the_codebook():
+    tokens = torch.randint(0, CODES, (5, LENGTH))
+    found = absorbing.bits_per_token(lambda x: torch.zeros(*x.shape, CODES), tokens, MASK, seeded())
+    torch.testing.assert_close(found, torch.full((5,), math.log2(CODES)))
+
+
+def test_the_reweighted_loss_of_a_clueless_denoiser():
+    """E[(1 - t) t] = 1/6 of the tokens, each at log2(K) bits."""
+    tokens = torch.zeros(50_000, LENGTH, dtype=torch.long)
+    found = absorbing.reweighted_loss(lambda x: torch.zeros(*x.shape, CODES), tokens, MASK, seeded())
+    assert float(found) == pytest.approx(math.log2(CODES) / 6, rel=0.02)
+
+
+def total_variation(samples, joint):
+    index = (samples * torch.tensor([CODES**i for i in reversed(range(LENGTH))])).sum(1)
+    return (torch.bincount(index, minlength=len(joint)) / len(samples) - joint).abs().sum() / 2
+
+
+def test_one_token_at_a_time_samples_the_joint(joint, exact):
+    """With many more steps than tokens hardly two are revealed together, and the sampler is exact."""
+    samples = absorbing.sample(exact, 20_000, LENGTH, MASK, seeded(), steps=256)
+    noise = 0.5 * math.sqrt(2 / math.pi) * (joint * (1 - joint) / 20_000).sqrt().sum()  # of a perfect sampler
+    assert total_variation(samples, joint) < noise + 0.02
+
+
+def test_all_tokens_at_once_samples_the_marginals_only(joint, exact):
+    """One step reveals all tokens independently: right marginals, wrong joint. The published sampler's price."""
+    samples = absorbing.sample(exact, 20_000, LENGTH, MASK, seeded(), steps=1)
+    marginals = exact(torch.full((1, LENGTH), MASK))[0].exp()  # (L, K)
+    found = torch.nn.functional.one_hot(samples, CODES).double().mean(0)
+    torch.testing.assert_close(found, marginals, atol=0.02, rtol=0)
+    assert total_variation(samples, joint) > 0.1
+
+
+def test_a_token_once_revealed_never_changes(exact):
+    start = torch.full((64, LENGTH), MASK)
+    start[:, 1] = 2
+    before = start
+    for after in absorbing.reveal(exact, start, MASK, seeded(), steps=10):
+        known = before != MASK
+        assert torch.equal(after[known], before[known])
+        before = after
+    assert torch.all(before != MASK)
+    assert torch.all(start[:, [0, 2, 3]] == MASK), "the start is left as it was"
+
+
+def test_temperature_sharpens_as_the_formula_says():
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(100_000, 3)
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = absorbing.draw_tokens(logits, temperature, seeded())
+        expected = (logits[0] / temperature).softmax(0)
+        torch.testing.assert_close(
+            torch.bincount(drawn, minlength=3) / len(drawn), expected, atol=0.01, rtol=0
+        )
+
+
+def test_rare_tokens_keep_their_chance():
+    """Gumbel noise in 32 bit cannot draw what is rarer than about 1 in 10^7; 64 bit can, and does at 1 in 10^4."""
+    logits = torch.tensor([[0.0, math.log(1e-4)]]).expand(1_000_000, 2)
+    drawn = absorbing.draw_tokens(logits, 1.0, seeded())
+    assert int(drawn.sum()) == pytest.approx(100, abs=40)
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(ValueError, match="above 0"):
+        absorbing.draw_tokens(torch.zeros(1, 3), 0.0, seeded())
+
+
+def test_the_same_seed_gives_the_same_sample(exact):
+    one = absorbing.sample(exact, 50, LENGTH, MASK, seeded(3), steps=8)
+    assert torch.equal(one, absorbing.sample(exact, 50, LENGTH, MASK, seeded(3), steps=8))
+    assert not torch.equal(one, absorbing.sample(exact, 50, LENGTH, MASK, seeded(4), steps=8))
+
+
+def test_the_published_denoiser_has_28_million_parameters():
+    with torch.device("meta"):
+        denoiser = absorbing.Denoiser(1024, 3328, layers=12, width=512, heads=16, feed_forward=1024)
+    assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, 1) == 28.0
+
+
+def test_the_denoiser_learns_a_toy_joint(joint, sequences):
+    """Trained by the re-weighted loss on samples of the toy, its bound comes near the entropy."""
+    torch.manual_seed(0)
+    denoiser = absorbing.Denoiser(CODES, LENGTH, layers=2, width=32, heads=2, feed_forward=64)
+    adam, generator = torch.optim.Adam(denoiser.parameters(), 3e-3), seeded()
+    for _ in range(300):
+        batch = sequences[torch.multinomial(joint, 256, replacement=True, generator=generator)]
+        loss = absorbing.reweighted_loss(denoiser, batch, MASK, generator)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    entropy = -(joint * joint.log2()).sum() / LENGTH
+    batch = sequences[torch.multinomial(joint, 4096, replacement=True, generator=generator)]
+    bits = absorbing.bits_per_token(denoiser.eval(), batch, MASK, generator, draws=4).mean()
+    assert entropy - 0.05 < bits < entropy + 0.1
+    assert bits < 0.75 * math.log2(CODES)
+
+
+def test_another_length_is_refused():
+    denoiser = absorbing.Denoiser(CODES, LENGTH, layers=1, width=8, heads=1, feed_forward=8)
+    with pytest.raises(ValueError, match="made for 4 tokens"):
+        denoiser(torch.zeros(1, 5, dtype=torch.long))

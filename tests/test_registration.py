@@ -1,0 +1,156 @@
+"""Registration: inverse consistency by construction, and that it finds known motion, in 2D and 3D."""
+
+import pytest
+import torch
+
+from pairdiff_core import fields, metrics, registration
+from pairdiff_core.profiles import Level
+
+GRIDS = [(64, 80), (32, 48, 64)]
+
+
+def random_velocities(spatial, number=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        fields.random_velocity(1, spatial, amplitude=1.0, smoothness=16, generator=generator)
+        for _ in range(number)
+    )
+
+
+def ball_maps(spatial, shift):
+    """Two nested balls as soft maps (1, 2, *spatial), their centre moved by ``shift`` voxels along axis 0."""
+    grid = fields.identity_grid(spatial)
+    centre = torch.tensor([size / 2 - 0.5 for size in spatial]).reshape(-1, *[1] * len(spatial))
+    centre[0] += shift
+    radius = (grid - centre).norm(dim=0)
+    size = min(spatial)
+    return torch.stack([torch.sigmoid(size / 3 - radius), torch.sigmoid(size / 6 - radius)])[None]
+
+
+def small_network(spatial, scale=2, trained=True):
+    torch.manual_seed(0)
+    network = registration.TwoStepNetwork(len(spatial), 2, (4, 8, 8, 8, 8, 4), scale, squarings=6)
+    if trained:  # anything but the identity it starts as
+        for step in network.steps:
+            torch.nn.init.normal_(step.final_conv.weight, std=0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+@pytest.mark.parametrize("number", [1, 2])
+def test_negating_all_velocities_inverts_the_deformation(spatial, number):
+    deformation = registration.integrate(random_velocities(spatial, number))
+    error = metrics.inverse_consistency_error(*deformation)
+    assert float(error) < 0.03 < float(deformation.displacement.norm(dim=1).mean())
+
+
+def test_plain_composition_would_not_be_inverted_that_way():
+    """Why the symmetric form is needed: exp(v1) o exp(v2) and exp(-v1) o exp(-v2) are not inverse to each other."""
+    first, second = random_velocities((32, 40))
+    plain = fields.compose(fields.exponentiate(3 * first), fields.exponentiate(3 * second))
+    negated = fields.compose(fields.exponentiate(-3 * first), fields.exponentiate(-3 * second))
+    symmetric = registration.integrate((3 * first, 3 * second))
+    error = metrics.inverse_consistency_error(plain, negated)
+    assert float(error) > 3 * float(metrics.inverse_consistency_error(*symmetric))
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_swapping_the_images_swaps_displacement_and_inverse(spatial):
+    network = small_network(spatial)
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
+    with torch.no_grad():
+        forth, back = network(fixed, moving), network(moving, fixed)
+    assert float(forth.displacement.abs().max()) > 0.1
+    torch.testing.assert_close(forth.displacement, back.inverse, atol=1e-4, rtol=0)
+    torch.testing.assert_close(forth.inverse, back.displacement, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_an_untrained_network_is_the_identity(spatial):
+    network = small_network(spatial, trained=False)
+    deformation = registration.register(network, ball_maps(spatial, 0), ball_maps(spatial, 3))
+    assert deformation.displacement.shape == (1, len(spatial), *spatial)
+    assert torch.all(deformation.displacement == 0)
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_the_multilevel_baseline_finds_a_known_shift(spatial):
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
+    levels = [Level(scale, 2, 30, 0.2) for scale in (4, 2)]
+    deformation = registration.register_multilevel(fixed, moving, levels, smoothness=0.05)
+    inside = fixed[0, 1] > 0.5
+    shift = deformation.displacement[0, 0][inside].mean()
+    assert float(shift) == pytest.approx(3.0, abs=0.5), "fixed x lies at x + 3 in moving: u is +3, not -3"
+    assert float(metrics.folding_percent(deformation.displacement)) == 0
+    assert float(metrics.inverse_consistency_error(*deformation)) < 0.1
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_instance_optimisation_improves_on_its_start_and_keeps_the_inverse(spatial):
+    network = small_network(spatial, trained=False)
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 2)
+    before = registration.register(network, fixed, moving)
+    after = registration.register(network, fixed, moving, Level(2, 2, 30, 0.2), smoothness=0.05)
+
+    def misfit(deformation):
+        return (fields.warp(moving, deformation.displacement) - fixed).abs().mean()
+
+    assert misfit(after) < 0.5 * misfit(before)
+    assert float(metrics.inverse_consistency_error(*after)) < 0.1
+
+
+def test_images_of_a_batch_do_not_influence_each_other():
+    spatial = (32, 40)
+    fixed = torch.cat([ball_maps(spatial, 0), ball_maps(spatial, 1)])
+    moving = torch.cat([ball_maps(spatial, 3), ball_maps(spatial, -1)])
+    levels = [Level(2, 2, 10, 0.2)]
+    together = registration.register_multilevel(fixed, moving, levels, smoothness=0.05)
+    alone = registration.register_multilevel(fixed[:1], moving[:1], levels, smoothness=0.05)
+    torch.testing.assert_close(together.displacement[:1], alone.displacement, atol=2e-3, rtol=0)
+
+
+def test_pooling_gives_the_share_of_each_structure():
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[0, 0, :2, :1] = 1
+    assert registration.pool(maps, 2)[0, 0].tolist() == [[0.5, 0.0], [0.0, 0.0]]
+    assert registration.pool(maps, 1) is maps
+
+
+def test_squared_gradient_of_a_ramp():
+    ramp = 0.5 * fields.identity_grid((8, 8))[None]  # du0/dx0 = du1/dx1 = 0.5, mean over the two channels
+    assert float(registration.squared_gradient(ramp)) == pytest.approx(0.25)
+
+
+def test_the_loss_is_zero_only_for_a_perfect_and_smooth_match():
+    maps = ball_maps((16, 16), 0)
+    still = registration.Deformation(torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16, 16))
+    assert float(registration.registration_loss(still, maps, maps, 0.5).total) == 0
+    shifted = registration.registration_loss(still, maps, ball_maps((16, 16), 2), 0.5)
+    assert float(shifted.dissimilarity) > 0 and float(shifted.roughness) == 0
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_training_brings_images_closer(spatial):
+    network = small_network(spatial, trained=False).train()
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 2)
+    pooled = registration.pool(fixed, 2), registration.pool(moving, 2)
+    adam, losses = torch.optim.Adam(network.parameters(), 5e-3), []
+    for _ in range(25):
+        loss = registration.registration_loss(network(fixed, moving), *pooled, smoothness=0.05)
+        adam.zero_grad()
+        loss.total.backward()
+        adam.step()
+        losses.append(float(loss.dissimilarity))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("spatial", [(62, 74), (34, 38, 66)])
+def test_odd_sizes_are_registered_too(spatial):
+    deformation = registration.register(small_network(spatial), ball_maps(spatial, 0), ball_maps(spatial, 1))
+    assert deformation.displacement.shape == (1, len(spatial), *spatial)
+    assert torch.isfinite(deformation.displacement).all()
+
+
+def test_images_too_small_for_the_network_are_refused():
+    with pytest.raises(ValueError, match="at least 32 voxels a side"):
+        small_network((24, 40))(ball_maps((24, 40), 0), ball_maps((24, 40), 1))

@@ -1,0 +1,152 @@
+"""The paired autoencoder and its codebook, in 2D and 3D."""
+
+import pytest
+import torch
+
+from pairdiff_core import vqae
+from pairdiff_core.pairs import one_hot
+
+GRIDS = [(16, 24), (8, 16, 16)]
+
+
+def small_model(spatial, num_labels=3, codes=16):
+    torch.manual_seed(0)
+    return vqae.PairedVQAE(len(spatial), num_labels, channels=(8, 16), strides=(2, 2), codes=codes)
+
+
+def random_pairs(spatial, number=2, num_labels=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, num_labels, (number, 2, *spatial), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_shapes_and_types(spatial):
+    model, labels = small_model(spatial), random_pairs(spatial)
+    output = model(labels)
+    grid = tuple(size // 4 for size in spatial)
+    assert output.logits.shape == (2, 2, 3, *spatial)
+    assert output.tokens.shape == (2, *grid) and output.tokens.dtype == torch.int64
+    assert int(output.tokens.min()) >= 0 and int(output.tokens.max()) < 16
+    decoded = model.eval().decode(model.encode(labels))
+    assert decoded.shape == labels.shape and decoded.dtype == torch.uint8
+
+
+def test_the_published_autoencoder_has_10_25_million_parameters_and_3328_tokens():
+    with torch.device("meta"):
+        model = vqae.PairedVQAE(3, 2, (48, 48, 64, 64, 128, 192, 256, 384), (1, 2, 1, 2, 1, 2, 1, 2), 1024)
+    assert round(sum(parameter.numel() for parameter in model.network.parameters()) / 1e6, 2) == 10.25
+    assert model.network.in_channels == 2 and model.network.out_channels == 4
+    tokens = [size // model.reduction for size in (256, 208, 256)]
+    assert tokens == [16, 13, 16] and tokens[0] * tokens[1] * tokens[2] == 3328
+
+
+def test_the_encoder_sees_both_images_without_background():
+    model, labels = small_model((16, 24)), random_pairs((16, 24))
+    maps = model.to_maps(labels)
+    assert maps.shape == (2, 4, 16, 24)
+    torch.testing.assert_close(maps[:, :2], one_hot(labels[:, 0], 3)[:, 1:])
+    torch.testing.assert_close(maps[:, 2:], one_hot(labels[:, 1], 3)[:, 1:])
+
+
+def test_a_grid_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        small_model((16, 24)).encode(random_pairs((16, 22)))
+
+
+def test_each_latent_takes_its_nearest_code_and_passes_its_gradient():
+    codebook = vqae.Codebook(3, 2).eval()
+    codebook.vectors.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 5.0]]))
+    latent = torch.tensor([[0.9, 0.2], [0.1, 0.1], [1.0, 4.0]]).T.reshape(1, 2, 1, 3).requires_grad_()
+    quantised = codebook(latent)
+    assert quantised.tokens.flatten().tolist() == [1, 0, 2]
+    torch.testing.assert_close(quantised.latent[0, :, 0].T, codebook.vectors[[1, 0, 2]])
+    expected = ((latent.detach() - quantised.latent.detach()) ** 2).mean()
+    torch.testing.assert_close(quantised.commitment.detach(), expected)
+    (3 * quantised.latent).sum().backward()
+    torch.testing.assert_close(latent.grad, torch.full_like(latent, 3.0))
+
+
+def test_codes_move_to_the_mean_of_their_latents():
+    torch.manual_seed(0)
+    codebook = vqae.Codebook(2, 1, decay=0.9)
+    latent = torch.tensor([-1.0, -1.2, 3.0, 3.4]).reshape(1, 1, 2, 2)
+    for _ in range(100):
+        codebook(latent)
+    torch.testing.assert_close(
+        codebook.vectors.flatten().sort().values, torch.tensor([-1.1, 3.2]), atol=1e-3, rtol=0
+    )
+
+
+def test_evaluation_leaves_the_codebook_alone():
+    codebook = vqae.Codebook(4, 2)
+    codebook(torch.randn(1, 2, 4, 4))
+    before = {name: value.clone() for name, value in codebook.state_dict().items()}
+    codebook.eval()(torch.randn(1, 2, 4, 4))
+    assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())
+
+
+def test_dead_codes_come_back_to_life():
+    """64 clusters, but 62 of 64 codes start far from all of them: without revival two codes serve everything."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(64, 8, generator=generator)
+
+    def batch():
+        chosen = torch.randint(64, (512,), generator=generator)
+        return (centres[chosen] + 0.1 * torch.randn(512, 8, generator=generator)).T.reshape(1, 8, 16, 32)
+
+    def used_after_training(revive_below):
+        torch.manual_seed(0)
+        codebook = vqae.Codebook(64, 8, decay=0.9, revive_below=revive_below)
+        codebook.vectors.fill_(1e3)
+        codebook.vectors[:2] = centres[:2]
+        codebook.counts.fill_(8.0)
+        codebook.sums.copy_(8 * codebook.vectors)
+        for _ in range(100):
+            codebook(batch())
+        return len(codebook.eval()(batch()).tokens.unique())
+
+    assert used_after_training(0.05) >= 58
+    assert used_after_training(0.0) == 2
+
+
+def test_the_loss_prefers_the_truth_and_counts_foreground_more():
+    labels = random_pairs((16, 24))
+    loss = vqae.VQAELoss(3)
+
+    def of(logits):
+        return float(loss(vqae.Reconstruction(logits, torch.zeros(1), torch.tensor(0.0)), labels))
+
+    truth = torch.nn.functional.one_hot(labels.long(), 3).movedim(-1, 2).float() * 20
+    assert of(truth) < 1e-3 < of(torch.zeros_like(truth)) < of(-truth)
+    committed = loss(vqae.Reconstruction(truth, torch.zeros(1), torch.tensor(2.0)), labels)
+    assert float(committed) == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_it_learns_to_reconstruct_two_pairs(spatial):
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size) for size in spatial], indexing="ij"))
+    radius = grid.norm(dim=0)
+    labels = torch.stack([(radius < r).byte() + (radius < r / 2).byte() for r in (0.9, 0.7, 0.5, 0.6)])
+    labels = labels.unflatten(0, (2, 2))
+    model, loss = small_model(spatial, codes=32), vqae.VQAELoss(3)
+    adam = torch.optim.Adam(model.parameters(), 5e-3)
+    losses = []
+    for _ in range(90):
+        value = loss(model(labels), labels)
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        losses.append(float(value.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    right = (model.eval().decode(model.encode(labels)) == labels).float().mean()
+    assert right > 0.9
+
+
+def test_whole_sets_go_through_in_batches():
+    model, labels = small_model((16, 24)), random_pairs((16, 24), number=5)
+    model(labels)  # places the codes
+    model.eval()
+    tokens = vqae.encode_pairs(model, labels, batch=2)
+    assert tokens.dtype == torch.int16
+    assert torch.equal(tokens.long(), model.encode(labels))
+    assert torch.equal(vqae.decode_labels(model, tokens, batch=2), model.decode(tokens.long()))
