@@ -82,7 +82,7 @@ def _splits(run: Run) -> list[tuple[str, PairSet]]:
     return [("train", run.train), ("test", run.test)]
 
 
-def summarise(measured: dict[str, Any]) -> dict[str, float]:
+def summarise(measured: dict[str, Any]) -> dict[str, float | None]:
     """The handful of numbers that the text quotes; registration by the network trained on synthetic pairs alone."""
     rows = {row["method"]: row for row in measured["registration"]}
     gain = {name: rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic")}
@@ -95,7 +95,7 @@ def summarise(measured: dict[str, Any]) -> dict[str, float]:
         "dice_real": rows["real"]["dice"],
         "dice_synthetic": rows["synthetic"]["dice"],
         "dice_synthetic_instance": rows["synthetic + instance"]["dice"],
-        "gain_synthetic_over_real": gain["synthetic"] / gain["real"],
+        "gain_synthetic_over_real": gain["synthetic"] / gain["real"] if gain["real"] else None,
         "folding_percent": rows["synthetic"]["folding_percent"],
         "inverse_error_px": rows["synthetic"]["inverse_error_px"],
     }
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure(run)
     write_results(chosen.file, results)
     for name, value in results["summary"].items():
-        print(f"{name:26} {value:.4f}")
+        print(f"{name:26} {_rounded(value)}")
     print(f"written to {chosen.file}")
 
 

@@ -1,0 +1,38 @@
+"""A run so small that all five stages take seconds."""
+
+from dataclasses import replace
+
+from pairdiff_core.profiles import Augmentation, Level, get_profile
+from pairdiff_core.runs import Run
+
+
+def small_run(folder, seed=0, **changes):
+    """A phantom run at 48 x 80 with a few steps everywhere; ``changes`` replace parts of its profile."""
+    quick = get_profile("quick")
+    profile = replace(
+        quick,
+        spatial=(48, 80),
+        max_pairs=12,
+        phantom_subjects=4,
+        vqae=replace(
+            quick.vqae,
+            channels=(8, 16),
+            strides=(2, 4),
+            codes=16,
+            fade_in=4,
+            steps=12,
+            augmentation=Augmentation(affine=0.05, common=0.5, own=0.5, smoothness=8),
+        ),
+        diffusion=replace(quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=10, batch=8),
+        synthesis=replace(quick.synthesis, pairs=8, steps=6),
+        registration=replace(
+            quick.registration,
+            channels=(4, 4, 4, 4, 4, 4),
+            steps=20,
+            batch=4,
+            learning_rate=2e-2,
+            instance=Level(scale=2, control=1, steps=3, learning_rate=0.1),
+            baseline=(Level(scale=2, control=1, steps=5, learning_rate=0.2),),
+        ),
+    )
+    return Run("phantom2d", replace(profile, **changes), seed=seed, folder=folder)

@@ -1,0 +1,105 @@
+"""All five stages on a very small run: they fit together, load what is there, and repeat bit by bit."""
+
+import pytest
+import torch
+from small_run import small_run
+
+from pairdiff_core import absorbing, pipeline, training, vqae
+from pairdiff_core.checkpoints import CheckpointError
+
+
+def all_stages(run):
+    autoencoder = pipeline.train_vqae(run)
+    tokens = pipeline.encode_training_pairs(run, autoencoder)
+    denoiser = pipeline.train_denoiser(run, tokens)
+    new_tokens = pipeline.synthesise(run, autoencoder, denoiser)
+    synthetic = pipeline.decode_pairs(run, autoencoder, new_tokens)
+    network = pipeline.train_registration(run, synthetic, "synthetic")
+    return autoencoder, tokens, denoiser, new_tokens, synthetic, network
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def stages(run):
+    return all_stages(run)
+
+
+def test_tokens_start_with_the_training_pairs_as_they_are(run, stages):
+    autoencoder, tokens, *_ = stages
+    number = len(run.train)
+    assert tokens.shape == (run.profile.diffusion.copies * number, 6, 10) and tokens.dtype == torch.int16
+    assert torch.equal(tokens[:number], vqae.encode_pairs(autoencoder.model, run.train.labels))
+    assert not torch.equal(tokens[number:], tokens[:number]), "the other copies are warped"
+
+
+def test_synthetic_pairs_are_a_pair_set_like_the_real_ones(run, stages):
+    *_, new_tokens, synthetic, _ = stages
+    numbers = run.profile.synthesis
+    assert new_tokens.shape == (numbers.pairs, 6, 10)
+    assert int(new_tokens.min()) >= 0 and int(new_tokens.max()) < run.profile.vqae.codes, "no MASK is left"
+    assert synthetic.labels.shape == (numbers.pairs, 2, *run.train.spatial)
+    assert synthetic.label_names == run.train.label_names and synthetic.spacing == run.train.spacing
+    assert synthetic.displacement is None and synthetic.landmarks is None
+    assert len(set(synthetic.names)) == numbers.pairs
+
+
+def test_everything_is_loaded_the_second_time(run, stages):
+    again = all_stages(run)
+    for first, second in zip(stages, again, strict=True):
+        if hasattr(first, "fingerprint"):
+            assert second.loaded and first.fingerprint == second.fingerprint and first.history == second.history
+    assert torch.equal(stages[1], again[1]) and torch.equal(stages[3], again[3])
+
+
+def test_the_same_seed_gives_the_same_bits_in_another_folder(stages, tmp_path):
+    again = all_stages(small_run(tmp_path))
+    assert [stage.fingerprint for stage in stages if hasattr(stage, "fingerprint")] == [
+        stage.fingerprint for stage in again if hasattr(stage, "fingerprint")
+    ]
+    assert torch.equal(stages[3], again[3])
+
+
+def test_another_seed_gives_another_model(stages, tmp_path):
+    assert pipeline.train_vqae(small_run(tmp_path, seed=1)).fingerprint != stages[0].fingerprint
+
+
+def test_tokens_of_another_autoencoder_are_refused(run, stages):
+    stranger = stages[0]._replace(fingerprint="0" * 16)
+    with pytest.raises(CheckpointError, match=r"tokens\.safetensors was made with other settings \(autoencoder"):
+        pipeline.encode_training_pairs(run, stranger)
+
+
+def test_the_history_holds_the_health_of_the_codebook(stages):
+    last = stages[0].history[-1]
+    assert 0 < last["codes used"] <= 1 and last["perplexity"] >= 1 and last["commitment"] > 0
+
+
+@pytest.mark.parametrize("instance", [False, True])
+def test_registering_by_network_gives_the_pairs_grid_both_ways(run, stages, instance):
+    network = stages[-1]
+    deformation = pipeline.register_pairs(run, run.test[:3], network, instance=instance, batch=2)
+    assert deformation.displacement.shape == deformation.inverse.shape == (3, 2, *run.test.spatial)
+
+
+def test_registering_without_a_network_is_the_baseline(run):
+    from pairdiff_core import registration
+
+    pairs, numbers = run.test[:1], run.profile.registration
+    maps = [registration.label_maps(image, pairs.num_labels) for image in pairs.labels.unbind(1)]
+    expected = registration.register_multilevel(
+        *maps, numbers.baseline, smoothness=numbers.smoothness, squarings=numbers.squarings
+    )
+    torch.testing.assert_close(pipeline.register_pairs(run, pairs).displacement, expected.displacement)
+
+
+def test_the_denoiser_fits_the_tokens(run, stages):
+    _, tokens, denoiser, *_ = stages
+    sequences = tokens.flatten(1).long().to(training.best_device())
+    bits = absorbing.bits_per_token(
+        denoiser.model, sequences, denoiser.model.mask_token, run.generator("test", sequences.device)
+    )
+    assert bits.shape == (len(tokens),) and torch.isfinite(bits).all()

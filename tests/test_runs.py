@@ -1,0 +1,121 @@
+"""Run folders: made once, loaded after, never mixed, never lost."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import small_run
+from torch import nn
+
+from pairdiff_core.checkpoints import CheckpointError
+from pairdiff_core.data import DataError
+from pairdiff_core.profiles import get_profile
+from pairdiff_core.runs import Run, load_or_make, load_or_train
+
+
+def line(run, config=None, trained=None):
+    """Load or train a linear layer; ``trained`` collects the calls of the training function."""
+
+    def fit(model):
+        if trained is not None:
+            trained.append(True)
+        with torch.no_grad():
+            model.weight.add_(1)
+        return [{"step": 1, "loss": 0.5}]
+
+    return load_or_train(run, "line", config or {"steps": 1, "sizes": (1, 2)}, lambda: nn.Linear(2, 1), fit)
+
+
+def test_the_default_folder_tells_what_is_in_it(monkeypatch):
+    monkeypatch.delenv("PAIRDIFF_RUNS", raising=False)
+    assert Run("phantom2d", get_profile("quick"), seed=3).path == Path("runs/phantom2d-quick-seed3")
+    monkeypatch.setenv("PAIRDIFF_RUNS", "/elsewhere")
+    assert Run("phantom2d", get_profile("quick")).path == Path("/elsewhere/phantom2d-quick-seed0")
+    assert Run("phantom2d", get_profile("quick"), folder="mine").path == Path("mine")
+
+
+def test_trained_once_then_loaded(tmp_path):
+    run, trained = small_run(tmp_path), []
+    first, second = line(run, trained=trained), line(run, trained=trained)
+    assert trained == [True]
+    assert (first.loaded, second.loaded) == (False, True)
+    assert torch.equal(first.model.weight, second.model.weight)
+    assert first.history == second.history == [{"step": 1, "loss": 0.5}]
+    assert first.fingerprint == second.fingerprint and second.seconds == first.seconds
+    assert not second.model.training
+
+
+def test_other_settings_are_refused_and_the_file_stays(tmp_path):
+    run = small_run(tmp_path)
+    line(run)
+    before = (tmp_path / "line.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"line\.safetensors was made with other settings \(steps differ"):
+        line(run, {"steps": 2, "sizes": (1, 2)})
+    assert (tmp_path / "line.safetensors").read_bytes() == before
+
+
+def test_a_corrupted_checkpoint_is_named_and_stays(tmp_path):
+    run = small_run(tmp_path)
+    line(run)
+    file = tmp_path / "line.safetensors"
+    broken = bytearray(file.read_bytes())
+    broken[-3] ^= 0xFF
+    file.write_bytes(broken)
+    with pytest.raises(CheckpointError, match=r"line\.safetensors is damaged"):
+        line(run)
+    assert file.read_bytes() == bytes(broken)
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    run = small_run(tmp_path)
+    line(run)
+    with pytest.raises(CheckpointError, match=r"the tensor weight has shape \(1, 2\), expected \(1, 3\)"):
+        load_or_train(run, "line", {}, lambda: nn.Linear(3, 1), lambda model: [])
+
+
+def test_a_failed_training_leaves_nothing_behind(tmp_path):
+    def fail(model):
+        raise FloatingPointError("not finite")
+
+    with pytest.raises(FloatingPointError):
+        load_or_train(small_run(tmp_path), "line", {}, lambda: nn.Linear(2, 1), fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_are_made_once(tmp_path):
+    run, made = small_run(tmp_path), []
+
+    def make():
+        made.append(True)
+        return torch.arange(5)
+
+    first, second = (load_or_make(run, "numbers", {"n": 5}, make) for _ in range(2))
+    assert made == [True] and torch.equal(first, second)
+    with pytest.raises(CheckpointError, match="n differ"):
+        load_or_make(run, "numbers", {"n": 6}, make)
+
+
+def test_a_stage_depends_on_the_seed_but_not_on_what_ran_before(tmp_path):
+    torch.manual_seed(123)
+    first = line(small_run(tmp_path / "a"))
+    torch.rand(17)
+    again = line(small_run(tmp_path / "b"))
+    other = line(small_run(tmp_path / "c", seed=1))
+    assert torch.equal(first.model.weight, again.model.weight)
+    assert not torch.equal(first.model.weight, other.model.weight)
+
+
+def test_train_and_test_show_different_subjects(tmp_path):
+    run = small_run(tmp_path)
+
+    def subjects(pairs):
+        return {subject for name in pairs.names for subject in name.split("~")}
+
+    assert not subjects(run.train) & subjects(run.test)
+    assert run.train.spatial == run.test.spatial == run.profile.spatial
+
+
+def test_an_unknown_data_set_is_named(tmp_path):
+    with pytest.raises(DataError, match="'brains'"):
+        _ = replace(small_run(tmp_path), dataset="brains").train
