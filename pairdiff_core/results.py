@@ -52,7 +52,6 @@ def measure(run: Run) -> dict[str, Any]:
         "real": pipeline.train_registration(run, run.train, "real"),
         "real, warped": pipeline.train_registration(run, run.train, "real-warped", warped=True),
         "synthetic": pipeline.train_registration(run, synthetic, "synthetic"),
-        "synthetic, warped": pipeline.train_registration(run, synthetic, "synthetic-warped", warped=True),
     }
     registration = compare_methods(run, run.test, networks)
     stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}
