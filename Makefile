@@ -20,6 +20,8 @@ export PAIRDIFF_PROFILE ?= quick
 # Nothing here asks the network for a newer version or sends statistics.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PLATFORM_DIRS := 1
+# Threads that wait should not spin: two processes on two cores would otherwise slow each other several times over.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup book test test-core test-notebooks sync results lab format clean
 
@@ -49,7 +51,7 @@ book: $(INSTALLED) ## run the chapters and build the static site
 test: test-core test-notebooks ## test the core, then run every cell of the notebooks
 
 test-core: $(INSTALLED) ## test the core only
-	$(PYTHON) -m pytest --durations=10 tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --durations=10 tests # its tensors are too small for two threads
 
 # One process, in chapter order, one new run folder: a chapter finds the models of the one before it, never older ones.
 test-notebooks: $(INSTALLED) ## run every cell of the notebooks only
