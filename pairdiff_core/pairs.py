@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pairdiff_core import fields
+from pairdiff_core.fields import LINEAR
 
 
 class DataError(ValueError):
@@ -162,13 +163,14 @@ def resize_labels(labels: torch.Tensor, spatial: Sequence[int], num_labels: int)
     """Label maps (N, *old) on another grid, uint8 (N, *spatial).
 
     Each new voxel takes the label that fills most of it: the area average of the one-hot maps when the grid
-    gets coarser, their linear interpolation when it gets finer. Of equals the lowest label wins.
+    gets coarser, their linear interpolation when it gets finer. Of equals, the one that fills more of the voxels
+    around wins; a rule that looked at the label's number would shrink some structures for the others.
     """
     spatial = tuple(spatial)
     coarser = all(new <= old for new, old in zip(spatial, labels.shape[1:], strict=True))
-    mode = "area" if coarser else {2: "bilinear", 3: "trilinear"}[len(spatial)]
+    mode = "area" if coarser else LINEAR[len(spatial)]
     resized = []
     for image in labels:  # one at a time: 25 float channels of a whole set would not fit in memory
-        maps = one_hot(image[None], num_labels)
-        resized.append(F.interpolate(maps, size=spatial, mode=mode).argmax(1))
+        shares = F.interpolate(one_hot(image[None], num_labels), size=spatial, mode=mode)
+        resized.append((shares + 1e-3 * fields.smooth(shares)).argmax(1))  # too little to outvote a voxel
     return torch.cat(resized).to(torch.uint8) if resized else labels.new_zeros((0, *spatial))

@@ -190,14 +190,27 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
 
 
 def register_pairs(
-    run: Run, pairs: PairSet, network: Stage | None = None, *, instance: bool = False, batch: int = 6
+    run: Run,
+    pairs: PairSet,
+    network: Stage | None = None,
+    *,
+    instance: bool = False,
+    full_size: bool = False,
+    batch: int = 6,
 ) -> Deformation:
     """Register every pair: by a trained network, then optionally for these very images; without one, the baseline.
+
+    Args:
+        instance: improve a network's answer by optimisation.
+        full_size: give the baseline one more level, at full resolution.
 
     Returns:
         Deformations on the pairs' grid, on the CPU, in its voxels.
     """
     numbers, device = run.profile.registration, training.best_device()
+    levels = numbers.baseline
+    if full_size:
+        levels = (*levels, levels[-1]._replace(scale=1))
     found = []
     for labels in pairs.labels.split(batch):
         fixed, moving = (
@@ -205,7 +218,7 @@ def register_pairs(
         )
         if network is None:
             deformation = registration.register_multilevel(
-                fixed, moving, numbers.baseline, smoothness=numbers.smoothness, squarings=numbers.squarings
+                fixed, moving, levels, smoothness=numbers.smoothness, squarings=numbers.squarings
             )
         else:
             level = numbers.instance if instance else None

@@ -37,22 +37,22 @@ def measure(run: Run) -> dict[str, Any]:
 
     Returns:
         ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
-        ``synthetic``, ``histories``, ``pictures``, ``seconds`` a stage, ``provenance``. Shares are 0 to 1 unless
-        a name ends in ``_percent``; lengths are in voxels (``_px``) or millimetres (``_mm``).
+        ``synthetic``, ``histories``, ``pictures``, ``stages`` (seconds and machine of each, see
+        :meth:`Run.stages`), ``provenance``, whose ``wall_seconds`` are those of all stages and the measuring. Shares
+        are 0 to 1 unless a name ends in ``_percent``; lengths are in voxels (``_px``) or millimetres (``_mm``).
     """
-    started = time.perf_counter()
     autoencoder = pipeline.train_vqae(run)
     tokens = pipeline.encode_training_pairs(run, autoencoder)
     denoiser = pipeline.train_denoiser(run, tokens)
-    synthesis_started = time.perf_counter()
     new_tokens = pipeline.synthesise(run, autoencoder, denoiser)
-    synthesis_seconds = time.perf_counter() - synthesis_started
     synthetic = pipeline.decode_pairs(run, autoencoder, new_tokens)
     networks = {
         "real": pipeline.train_registration(run, run.train, "real"),
         "real, warped": pipeline.train_registration(run, run.train, "real-warped", warped=True),
         "synthetic": pipeline.train_registration(run, synthetic, "synthetic"),
+        "synthetic, warped": pipeline.train_registration(run, synthetic, "synthetic-warped", warped=True),
     }
+    measuring = time.perf_counter()
     registration = compare_methods(run, run.test, networks)
     stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}
     measured = {
@@ -68,12 +68,15 @@ def measure(run: Run) -> dict[str, Any]:
             "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:SHOWN])),
             "test": pack_labels(run.test.labels[:SHOWN]),
         },
-        "seconds": {name: stage.seconds for name, stage in stages.items()} | {"synthesis": synthesis_seconds},
+        "stages": run.stages(),
     }
     data = {"train pairs": fingerprint(run.train.labels), "test pairs": fingerprint(run.test.labels)}
     made_by = provenance(run.profile.name, run.seed, best_device(), data)
     made_by |= {"dataset": run.dataset, "pairs": {"train": len(run.train), "test": len(run.test)}}
-    made_by["wall_seconds"] = time.perf_counter() - started
+    measuring_seconds = time.perf_counter() - measuring
+    made_by["wall_seconds"] = measuring_seconds + sum(
+        stage["seconds"] for stage in measured["stages"].values()
+    )
     return {"summary": summarise(measured), **measured, "provenance": made_by}
 
 
@@ -101,9 +104,13 @@ def summarise(measured: dict[str, Any]) -> dict[str, float | None]:
 
 
 def compare_methods(run: Run, pairs: PairSet, networks: dict[str, Stage]) -> list[dict[str, Any]]:
-    """One row a method: before, the no-training baseline, and each network without and with instance optimisation."""
+    """One row a method: before, the no-training baseline (at the networks' resolution, and with one more level at
+    full size), and each network without and with instance optimisation."""
     rows = [{"method": "before", **score(pairs)}]
-    methods = {"baseline": partial(pipeline.register_pairs, run, pairs)}
+    methods = {
+        "baseline": partial(pipeline.register_pairs, run, pairs),
+        "baseline, full size": partial(pipeline.register_pairs, run, pairs, full_size=True),
+    }
     for name, stage in networks.items():
         methods[name] = partial(pipeline.register_pairs, run, pairs, stage)
         methods[f"{name} + instance"] = partial(pipeline.register_pairs, run, pairs, stage, instance=True)
@@ -187,21 +194,19 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
     """Synthetic pairs beside the real training pairs, with held-out real pairs beside the same as the yardstick.
 
     ``areas`` and ``displacements`` (found by the no-training baseline) compare sizes; ``quality`` has precision,
-    recall, density and coverage in the feature space of :func:`metrics.pair_features` with one cell per 16 voxels;
-    ``memorisation`` the audit against training pairs. The audit sees real pairs after the autoencoder, as the
-    synthetic ones are: otherwise its blur would pass for novelty. ``images`` repeats it for single images.
+    recall, density and coverage of single images, in the feature space of :func:`metrics.pair_features` with one
+    cell per 16 voxels; ``memorisation`` the audit against training pairs and images. Quality and audit see real
+    pairs after the autoencoder, as the synthetic ones are: otherwise its blur would pass for novelty. Quality is not
+    asked of pairs: thousands of real pairs are made of a few images, which puts their nearest neighbours so close
+    that nothing new, held-out real pairs included, is ever among them.
     """
     some = torch.randperm(len(run.train), generator=run.generator("compare"))[:COMPARED].tolist()
     displacement = {
         name: pipeline.register_pairs(run, pairs, batch=16).displacement
         for name, pairs in (("real", run.train[some]), ("synthetic", synthetic[:COMPARED]))
     }
-    cells = [max(2, size // 16) for size in run.train.spatial]
     seen = {name: _reconstruct(autoencoder, pairs.labels) for name, pairs in _splits(run)} | {
         "synthetic": synthetic.labels
-    }
-    features = {
-        name: metrics.pair_features(labels, synthetic.num_labels, cells) for name, labels in seen.items()
     }
     images = {
         name: labels.flatten(0, 1)[:, None] for name, labels in seen.items()
@@ -210,15 +215,36 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
         "pairs": len(synthetic),
         "areas": metrics.compare_areas(run.train.labels, synthetic.labels, run.train.label_names),
         "displacements": metrics.compare_displacements(displacement["real"], displacement["synthetic"]),
-        "quality": {
-            name: metrics.precision_recall_density_coverage(features["train"], features[name])._asdict()
-            for name in ("synthetic", "test")
-        },
+        "quality": _quality(run, images),
         "memorisation": {
             "pairs": _audit(seen["synthetic"], seen["train"], seen["test"]),
             "images": _audit(images["synthetic"], images["train"], images["test"]),
         },
     }  # fmt: skip
+
+
+def _quality(run: Run, images: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Precision, recall, density and coverage of as many synthetic images as there are held-out ones."""
+    cells = [max(2, size // 16) for size in run.train.spatial]
+    chosen = {name: images[name][_each_image_once(pairs)] for name, pairs in _splits(run)}
+    order = torch.randperm(len(images["synthetic"]), generator=run.generator("quality"))
+    chosen["synthetic"] = images["synthetic"][order[: len(chosen["test"])]]
+    features = {
+        name: metrics.pair_features(labels, run.train.num_labels, cells) for name, labels in chosen.items()
+    }
+    neighbours = min(5, *(len(images) - 1 for images in chosen.values()))
+    return {
+        name: metrics.precision_recall_density_coverage(
+            features["train"], features[name], neighbours
+        )._asdict()
+        for name in ("synthetic", "test")
+    } | {"images": len(chosen["test"]), "neighbours": neighbours}
+
+
+def _each_image_once(pairs: PairSet) -> list[int]:
+    """Indices into the 2N images of N pairs: the first occurrence of each, by name."""
+    names = [image for pair in pairs.names for image in pair.split("~")]
+    return [names.index(name) for name in dict.fromkeys(names)]
 
 
 def _audit(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> dict[str, Any]:

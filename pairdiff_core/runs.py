@@ -59,6 +59,17 @@ class Run:
         """Pairs of subjects that no training pair shows."""
         return data.load_pairs(self.dataset, "test", self.profile, data=self.data, seed=self.seed)
 
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What made each result in the run's folder: ``seconds``, commit, date, device and threads, by its name."""
+        told = {}
+        for path in sorted(self.path.glob("*.safetensors")):
+            metadata = load_checkpoint(path)[1]
+            made_by = metadata["provenance"]
+            told[path.stem] = {"seconds": metadata["seconds"]} | {
+                key: made_by[key] for key in ("commit", "date", "device", "threads")
+            }
+        return told
+
     def seed_of(self, stage: str) -> int:
         """A seed for one stage, the same whether the stages before it were trained or loaded."""
         return int(digest(f"{self.seed} {stage}".encode()), 16) % 2**31

@@ -19,6 +19,8 @@ from torch import nn
 
 from pairdiff_core.pairs import one_hot
 
+FOREGROUND_WEIGHT = 2.5  # of every label but the background (1) in the cross-entropy, as published
+
 
 class Quantised(NamedTuple):
     """What the codebook makes of a latent grid."""
@@ -167,8 +169,14 @@ class PairedVQAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Most likely label maps uint8 (N, 2, *spatial) of tokens int (N, *grid)."""
-        return self._logits(self.codebook.look_up(tokens)).argmax(2).to(torch.uint8)
+        """Most likely label maps uint8 (N, 2, *spatial) of tokens int (N, *grid).
+
+        Cross-entropy with weights is lowest for a softmax that overstates each label by its weight: here that is
+        taken back, or structures would come out too large.
+        """
+        logits = self._logits(self.codebook.look_up(tokens))
+        logits[:, :, 0] += math.log(FOREGROUND_WEIGHT)
+        return logits.argmax(2).to(torch.uint8)
 
 
 class VQAELoss(nn.Module):
@@ -176,15 +184,12 @@ class VQAELoss(nn.Module):
 
     Args:
         num_labels: C, background included.
-        foreground_weight: cross-entropy weight of every label but the background (published: 2.5 to 1).
         commitment_weight: of the commitment term (published: 0.1).
     """
 
-    def __init__(
-        self, num_labels: int, foreground_weight: float = 2.5, commitment_weight: float = 0.1
-    ) -> None:
+    def __init__(self, num_labels: int, commitment_weight: float = 0.1) -> None:
         super().__init__()
-        weight = torch.full((num_labels,), foreground_weight)
+        weight = torch.full((num_labels,), FOREGROUND_WEIGHT)
         weight[0] = 1.0
         self.commitment_weight = commitment_weight
         self.image = DiceCELoss(

@@ -23,7 +23,9 @@ def small_run(folder, seed=0, **changes):
             steps=12,
             augmentation=Augmentation(affine=0.05, common=0.5, own=0.5, smoothness=8),
         ),
-        diffusion=replace(quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=10, batch=8),
+        diffusion=replace(
+            quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=10, batch=8
+        ),
         synthesis=replace(quick.synthesis, pairs=8, steps=6),
         registration=replace(
             quick.registration,

@@ -51,7 +51,9 @@ def test_everything_is_loaded_the_second_time(run, stages):
     again = all_stages(run)
     for first, second in zip(stages, again, strict=True):
         if hasattr(first, "fingerprint"):
-            assert second.loaded and first.fingerprint == second.fingerprint and first.history == second.history
+            assert (
+                second.loaded and first.fingerprint == second.fingerprint and first.history == second.history
+            )
     assert torch.equal(stages[1], again[1]) and torch.equal(stages[3], again[3])
 
 
@@ -69,7 +71,9 @@ def test_another_seed_gives_another_model(stages, tmp_path):
 
 def test_tokens_of_another_autoencoder_are_refused(run, stages):
     stranger = stages[0]._replace(fingerprint="0" * 16)
-    with pytest.raises(CheckpointError, match=r"tokens\.safetensors was made with other settings \(autoencoder"):
+    with pytest.raises(
+        CheckpointError, match=r"tokens\.safetensors was made with other settings \(autoencoder"
+    ):
         pipeline.encode_training_pairs(run, stranger)
 
 

@@ -50,7 +50,9 @@ def test_other_settings_are_refused_and_the_file_stays(tmp_path):
     run = small_run(tmp_path)
     line(run)
     before = (tmp_path / "line.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=r"line\.safetensors was made with other settings \(steps differ"):
+    with pytest.raises(
+        CheckpointError, match=r"line\.safetensors was made with other settings \(steps differ"
+    ):
         line(run, {"steps": 2, "sizes": (1, 2)})
     assert (tmp_path / "line.safetensors").read_bytes() == before
 
