@@ -312,6 +312,7 @@ def test_landmarks_of_another_number_of_cases(lung_folder: Path, count: int) -> 
         [[torch.ones(4, 2)] * 4] * 2,
         [[torch.full((4, 3), torch.nan)] * 4] * 2,
         [[1, 2, 3, 4]] * 2,
+        [[torch.tensor(1.0)] * 4] * 2,
         torch.ones(2, 4, 4, 3),
         "landmarks",
     ],

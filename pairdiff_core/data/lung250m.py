@@ -231,8 +231,8 @@ def read_correspondences(path: str | Path, offset: Sequence[int]) -> torch.Tenso
         DataError: if the file is anything but lines of six numbers.
     """
     try:
-        rows = [line.split(",") for line in Path(path).read_text(encoding="utf-8").split()]
-        values = torch.tensor([[float(word) for word in row] for row in rows])
+        lines = Path(path).read_text(encoding="utf-8").strip().splitlines()
+        values = torch.tensor([[float(word) for word in line.split(",")] for line in lines])
     except ValueError as error:  # a UnicodeDecodeError is one, too
         raise DataError(f"{path} is not a table of numbers ({error}). Fetch it again.") from error
     if values.dim() != 2 or values.shape[1] != 6 or not values.isfinite().all():
@@ -285,7 +285,7 @@ def _is_landmarks(content: object) -> bool:
     return all(
         isinstance(fixed, torch.Tensor)
         and isinstance(moving, torch.Tensor)
-        and fixed.shape == moving.shape == (len(fixed), 3)
+        and fixed.shape == moving.shape == (fixed.numel() // 3, 3)
         and bool(fixed.isfinite().all() and moving.isfinite().all())
         for fixed, moving in zip(*content, strict=True)
     )
