@@ -107,11 +107,11 @@ def lung_pairs(
 def _breathe_out(generator: torch.Generator) -> torch.Tensor:
     """Displacement from breathed in to breathed out, float (1, 3, *NODES), in voxels of the node grid."""
     place = fields.resize_points(fields.identity_grid(NODES).movedim(0, -1), NODES, FRAME).movedim(-1, 0)
-    across, back, up = place - torch.from_numpy(MIDDLE).float().reshape(3, 1, 1, 1)
+    across, back, _ = place - torch.from_numpy(MIDDLE).float().reshape(3, 1, 1, 1)
     low = (1 - place[2] / FRAME[2]).clamp(0, 1)
     depth, shift = torch.rand(2, generator=generator).tolist()
     depth = SHALLOW_MM + (DEEP_MM - SHALLOW_MM) * depth
-    # of the depth: the base rises and the apex sinks, the chest wall moves towards the spine and the middle
+    # relative to the depth: the base rises and the apex sinks, the chest wall moves towards the spine and the middle
     velocity = torch.stack(
         [-0.2 * across / MIDDLE[0], -0.3 * back / MIDDLE[1], 1.2 * low - 0.45 + 0.3 * shift]
     )[None]
