@@ -31,7 +31,8 @@ class PairSet:
         names: one name a pair, ``fixed~moving``.
         displacement: float (N, D, *spatial) in voxels, fixed to moving, where the truth is known; else None.
         landmarks: for each pair a float tensor (K, 2, D) of voxel coordinates, ``[:, 0]`` in the fixed and
-            ``[:, 1]`` in the moving image; None where there are none.
+            ``[:, 1]`` in the moving image; K is 0 for a pair without any in a set where others have some. None
+            where no pair has any.
         label_colours: RGB, 0 to 255, one a label; None leaves the choice to the plot.
 
     Raises:
@@ -148,6 +149,41 @@ class PairSet:
             displacement=None
             if self.displacement is None
             else fields.resize_field(self.displacement, spatial),
+            landmarks=None
+            if self.landmarks is None
+            else tuple(fields.resize_points(points, self.spatial, spatial) for points in self.landmarks),
+        )
+
+    def pooled(self, factor: int) -> PairSet:
+        """The same pairs on a grid ``factor`` times coarser along every axis, over the same field of view.
+
+        Labels go by maximum over each block of ``factor`` voxels a side, so that thin vessels survive (and grow: a
+        block counts as vessel if any voxel of it does; of several labels the highest wins). :meth:`resized` is the
+        majority vote, which would lose them. Displacement is averaged and given in the new voxels, landmarks are
+        moved with their half-voxel. The *share* of each block that a vessel fills, a soft map, is
+        ``registration.pool`` of the one-hot maps at full size, not of these labels.
+
+        Raises:
+            DataError: if ``factor`` does not divide the grid.
+        """
+        if factor < 1 or any(size % factor for size in self.spatial):
+            raise DataError(
+                f"a grid of {self.spatial} voxels cannot be pooled by {factor}: it must divide each axis"
+            )
+        if factor == 1:
+            return self
+        labels, displacement = self.labels, self.displacement
+        for axis in range(2, labels.dim()):
+            labels = labels.unflatten(axis, (-1, factor)).amax(axis + 1)  # (..., n * f, ...) -> (..., n, ...)
+        if displacement is not None:
+            average = {2: F.avg_pool2d, 3: F.avg_pool3d}[self.spatial_dims]
+            displacement = average(displacement, factor) / factor
+        spatial = tuple(labels.shape[2:])
+        return replace(
+            self,
+            labels=labels,
+            spacing=tuple(mm * factor for mm in self.spacing),
+            displacement=displacement,
             landmarks=None
             if self.landmarks is None
             else tuple(fields.resize_points(points, self.spatial, spatial) for points in self.landmarks),

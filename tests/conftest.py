@@ -1,4 +1,4 @@
-"""What several test files need: a small folder of brain slices in the neurite-oasis layout."""
+"""What several test files need: small folders in the layouts of neurite-oasis 2D and of Lung250M-4B."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pairdiff_core.data import phantom
+from pairdiff_core.data import lung250m, phantom
 from pairdiff_core.data.oasis import find_oasis
 from pairdiff_core.pairs import DataError
 
@@ -69,6 +69,65 @@ def best_oasis_folder(_oasis_original: Path) -> Path:
         return find_oasis()
     except DataError:
         return _oasis_original
+
+
+LUNG_SHAPES = {  # small, so they lie in the middle of the common frame; no two of one size
+    "dilated_vessels_10": {"case_032": (40, 31, 36), "case_035": (20, 22, 300), "case_036": (33, 30, 41)},
+    "dilated_vessels_ts": {
+        "case_002": (36, 30, 34),
+        "case_054": (38, 35, 40),
+        "case_104": (30, 36, 38),
+        "case_114": (35, 32, 37),
+    },
+}
+
+
+def write_vessels(path: Path, values: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1.0, 1.0, 1.0]) if affine is None else affine), path)
+
+
+def write_lung_folder(folder: Path) -> Path:
+    """Two crossing vessels, labelled 1 and 2, in each of three training, three validation and one test case.
+
+    The moving image is the fixed one, shifted by two voxels along axis 2. Landmarks: the crossing in all test cases,
+    and twenty points around it in the training case 036. Case 114 has a header of another orientation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    fixed, moving = [], []
+    for name, shapes in LUNG_SHAPES.items():
+        for case, shape in shapes.items():
+            values = np.zeros(shape, np.uint8)
+            middle = np.array(shape) // 2
+            values[4:-4, middle[1], middle[2] - 1 : middle[2] + 2] = 1
+            values[middle[0], 4:-4, middle[2] - 1 : middle[2] + 2] = 2
+            affine = np.eye(4) if case == "case_114" else None
+            write_vessels(folder / name / f"{case}_1.nii.gz", values, affine)
+            write_vessels(folder / name / f"{case}_2.nii.gz", np.roll(values, 2, axis=2), affine)
+            crossing = torch.from_numpy(middle).float()
+            if name == "dilated_vessels_ts":
+                framed = crossing + torch.tensor(lung250m.frame_offset(shape))
+                fixed.append(framed[None])
+                moving.append(framed[None] + torch.tensor([0.0, 0.0, 2.0]))
+            elif case == "case_036":
+                points = crossing + torch.randint(-3, 4, (20, 3), generator=generator)
+                rows = torch.cat([points, points + torch.tensor([0.0, 0.0, 2.0])], 1).tolist()
+                (folder / "corrfieldTr").mkdir()
+                lines = [",".join(f"{number:.3f}" for number in row) for row in rows]
+                (folder / "corrfieldTr" / "case_036.csv").write_text("\n".join(lines) + "\n")
+    torch.save([fixed, moving], folder / "lms_validation_cropped.pth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _lung_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lung_folder(tmp_path_factory.mktemp("lungs") / "lung250m")
+
+
+@pytest.fixture
+def lung_folder(_lung_original: Path, tmp_path: Path) -> Path:
+    """A small folder in the published layout of the lung vessels; a test may spoil it."""
+    return Path(shutil.copytree(_lung_original, tmp_path / "lung250m"))
 
 
 @pytest.fixture

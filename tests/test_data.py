@@ -14,11 +14,13 @@ from pairdiff_core.pairs import DataError
 
 SMALL = SimpleNamespace(spatial=(40, 48), num_labels=5, max_pairs=6, phantom_subjects=4)
 DETAILED = SimpleNamespace(spatial=(80, 96), num_labels=25, max_pairs=1000, phantom_subjects=4)
+LUNGS = SimpleNamespace(spatial=(64, 52, 64), num_labels=2, max_pairs=1000, phantom_subjects=3)
+DATASETS_2D, DATASETS_3D = ([name for name, dims in DATASETS.items() if dims == d] for d in (2, 3))
 
 
 @pytest.mark.parametrize("profile", [SMALL, DETAILED])
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", DATASETS_2D)
 def test_every_data_set_at_the_size_of_the_profile(
     dataset: str, split: str, profile: SimpleNamespace, oasis_folder: Path
 ) -> None:
@@ -30,7 +32,7 @@ def test_every_data_set_at_the_size_of_the_profile(
     assert (pairs.displacement is not None) == (pairs.landmarks is not None) == (dataset == "phantom2d")
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", DATASETS_2D)
 def test_no_subject_is_in_both_splits(dataset: str, oasis_folder: Path) -> None:
     people = []
     for split in ("train", "test"):
@@ -46,6 +48,51 @@ def test_no_subject_is_in_both_splits(dataset: str, oasis_folder: Path) -> None:
     assert not people[0] & people[1]
 
 
+@pytest.mark.parametrize("dataset", DATASETS_3D)
+def test_lungs(dataset: str, lung_folder: Path) -> None:
+    train, test = (load_pairs(dataset, split, LUNGS, data=lung_folder) for split in ("train", "test"))
+    for pairs in (train, test):
+        assert pairs.spatial == LUNGS.spatial and pairs.num_labels == 2 and len(pairs) == 3
+        assert pairs.spacing == (4.0, 4.0, 4.0)
+        assert pairs.landmarks is not None and (pairs.displacement is not None) == (dataset == "phantom3d")
+        assert all(len({part[:-2] for part in name.split("~")}) == 1 for name in pairs.names)  # one person
+    assert not set(train.names) & set(test.names)
+    few = SimpleNamespace(**{**vars(LUNGS), "max_pairs": 2})
+    assert len(load_pairs(dataset, "train", few, data=lung_folder)) == 2
+
+
+@pytest.mark.parametrize("dataset", DATASETS_3D)
+@pytest.mark.parametrize(
+    "change, message", [({"num_labels": 5}, "2 labels"), ({"spatial": (80, 96)}, r"on \(80, 96\)")]
+)
+def test_what_the_lungs_do_not_have(
+    dataset: str, change: dict[str, object], message: str, lung_folder: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_pairs(dataset, "train", SimpleNamespace(**{**vars(LUNGS), **change}), data=lung_folder)
+
+
+def test_both_lungs_agree_on_labels(lung_folder: Path) -> None:
+    phantom, real = (load_pairs(dataset, "test", LUNGS, data=lung_folder) for dataset in DATASETS_3D)
+    assert (phantom.label_names, phantom.label_colours) == (real.label_names, real.label_colours)
+
+
+def test_default_dataset_3d(
+    lung_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data_set: None
+) -> None:
+    assert default_dataset(3) == "phantom3d"
+    (tmp_path / "slices only").mkdir()
+    monkeypatch.setenv("PAIRDIFF_DATA", str(tmp_path / "slices only"))
+    assert default_dataset(3) == "phantom3d"
+    for place in (tmp_path, lung_folder):
+        monkeypatch.setenv("PAIRDIFF_DATA", str(place))
+        assert (default_dataset(3), default_dataset(2)) == ("lung250m", "phantom2d")
+    assert len(load_pairs("lung250m", "train", LUNGS)) == 3
+    monkeypatch.setenv("PAIRDIFF_DATA", str(tmp_path / "mistyped"))
+    with pytest.raises(DataError, match="mistyped.*PAIRDIFF_DATA"):
+        load_pairs(default_dataset(3), "train", LUNGS)
+
+
 def test_the_phantom_test_split_has_a_quarter_of_the_subjects() -> None:
     profile = SimpleNamespace(spatial=(40, 48), num_labels=5, max_pairs=1000, phantom_subjects=16)
     names = load_pairs("phantom2d", "test", profile).names
@@ -53,7 +100,7 @@ def test_the_phantom_test_split_has_a_quarter_of_the_subjects() -> None:
     assert len(names) == 4 * 3
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", DATASETS_2D)
 def test_the_seed_decides(dataset: str, oasis_folder: Path) -> None:
     first, again, other = (
         load_pairs(dataset, "train", SMALL, data=oasis_folder, seed=seed) for seed in (3, 3, 4)
@@ -64,7 +111,7 @@ def test_the_seed_decides(dataset: str, oasis_folder: Path) -> None:
 
 
 def test_both_data_sets_agree_on_labels(oasis_folder: Path) -> None:
-    phantom, real = (load_pairs(dataset, "test", DETAILED, data=oasis_folder) for dataset in DATASETS)
+    phantom, real = (load_pairs(dataset, "test", DETAILED, data=oasis_folder) for dataset in DATASETS_2D)
     assert phantom.label_names == real.label_names
     assert phantom.label_colours == real.label_colours
 

@@ -17,8 +17,11 @@ from conftest import write_oasis_folder
 
 from pairdiff_core.data import fetch
 from pairdiff_core.data.fetch import FetchError, Remote
+from pairdiff_core.data.lung250m import find_lung250m, load_lung250m_pairs
 from pairdiff_core.data.oasis import load_oasis_pairs
+from pairdiff_core.pairs import DataError
 
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PAYLOAD = bytes(range(256)) * 4000  # a megabyte
 
 
@@ -28,6 +31,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.payload = PAYLOAD
+        self.files: dict[str, bytes] = {}  # by path; any other path gets the payload
         self.breaks_after: list[int] = []  # the first requests break off after so many bytes of the file
         self.ranges = True
         self.status = 200
@@ -45,8 +49,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.server.requests.append(dict(self.headers))
-        data, start = self.server.payload, 0
+        self.server.requests.append({**self.headers, "Path": self.path.lstrip("/")})
+        data, start = self.server.files.get(self.path.lstrip("/"), self.server.payload), 0
         if self.server.status != 200:
             self.send_error(self.server.status)
             return
@@ -304,6 +308,110 @@ def test_fetch_oasis2d(server: Server, tmp_path: Path, capsys: pytest.CaptureFix
     assert fetch.fetch_oasis2d(tmp_path / "data", remote=server.remote()) == folder
     assert server.requests == []
     assert capsys.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------------- Lung250M-4B
+
+
+@pytest.fixture
+def lungs(server: Server, lung_folder: Path) -> tuple[Remote, ...]:
+    """A small data set on the server, and the list of its files."""
+    server.files = {
+        path.relative_to(lung_folder).as_posix(): path.read_bytes()
+        for path in sorted(lung_folder.rglob("*.*"))
+    }
+    base = server.url.removesuffix("file.tar")
+    return tuple(
+        Remote(f"{base}{path}", f"sha256:{hashlib.sha256(data).hexdigest()}", path)
+        for path, data in server.files.items()
+    )
+
+
+def asked(server: Server) -> list[str]:
+    return [request["Path"] for request in server.requests]
+
+
+def test_fetch_lung250m(
+    server: Server, lungs: tuple[Remote, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fetch.fetch_lung250m(tmp_path / "data", remotes=lungs)
+    assert folder == tmp_path / "data" / "lung250m"
+    assert files(tmp_path / "data") == ["lung250m"]
+    printed = capsys.readouterr()
+    assert "Cite Falta et al." in printed.out
+    assert printed.err.count("100%") == 1 and f"{len(lungs)}/{len(lungs)}" in printed.err  # one bar
+    assert "Downloading" not in printed.err
+    assert len(load_lung250m_pairs(find_lung250m(tmp_path / "data"), "train", spatial=(64, 52, 64))) == 3
+
+    server.requests.clear()
+    assert fetch.fetch_lung250m(tmp_path / "data", remotes=lungs) == folder
+    assert server.requests == [] and capsys.readouterr().out == ""
+
+
+def test_an_interrupted_lung_download_goes_on(
+    server: Server, lungs: tuple[Remote, ...], tmp_path: Path
+) -> None:
+    """What came is kept; the folder has its name only when it is complete."""
+    server.breaks_after = [10**6, 10**6, *[10] * fetch.ATTEMPTS]  # the third file breaks off
+    with pytest.raises(FetchError, match="broke off") as error:
+        fetch.fetch_lung250m(tmp_path / "data", remotes=lungs)
+    for part in (lungs[2].url, lungs[2].hash.removeprefix("sha256:"), fetch.LUNG_COMMIT, "lung250m.part"):
+        assert part in str(error.value)
+    assert files(tmp_path / "data") == ["lung250m.part"]
+    with pytest.raises(DataError):
+        find_lung250m(tmp_path / "data")
+    server.requests.clear()
+    folder = fetch.fetch_lung250m(tmp_path / "data", remotes=lungs)
+    assert asked(server) == [remote.file_name for remote in lungs[2:]]
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")} == set(server.files)
+
+
+def test_only_a_broken_lung_file_is_fetched_again(
+    server: Server, lungs: tuple[Remote, ...], tmp_path: Path
+) -> None:
+    folder = fetch.fetch_lung250m(tmp_path, remotes=lungs)
+    server.requests.clear()
+    (folder / lungs[1].file_name).write_bytes(b"half of it")
+    (folder / "mine.txt").write_text("notes")
+    fetch.fetch_lung250m(tmp_path, remotes=lungs)
+    assert asked(server) == [lungs[1].file_name]
+    assert (folder / lungs[1].file_name).read_bytes() == server.files[lungs[1].file_name]
+    assert (folder / "mine.txt").read_text() == "notes"
+
+
+def test_lungs_from_a_captive_portal(server: Server, lungs: tuple[Remote, ...], tmp_path: Path) -> None:
+    server.files = {}
+    with pytest.raises(FetchError, match="hash is not.*Or all at once"):
+        fetch.fetch_lung250m(tmp_path / "data", remotes=lungs)
+    assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []
+
+
+def test_the_list_of_lung_files() -> None:
+    remotes = fetch.lung250m_files()
+    by_path = {remote.file_name: remote for remote in remotes}
+    assert len(by_path) == len(remotes) == 81
+    for number, name in ((20, "dilated_vessels_10"), (54, "dilated_vessels_ts"), (5, "corrfieldTr")):
+        assert sum(path.startswith(f"{name}/case_") for path in by_path) == number
+    landmarks = by_path["lms_validation_cropped.pth"]
+    assert landmarks.url == (
+        "https://raw.githubusercontent.com/multimodallearning/UnleashingRegistration/"
+        "cd1fce1ca3214fc731d72cbd7d7cfb89f8d808c5/lms_validation_cropped.pth"
+    )
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", remote.hash) for remote in remotes)
+
+
+@pytest.mark.skipif(
+    not (SHARED / "lung250m").is_dir(), reason="no ../shared/data/lung250m beside this checkout"
+)
+def test_the_hashes_are_those_of_the_real_files() -> None:
+    """All but the landmarks: those at hand are of the validation cases only."""
+    present = [
+        remote for remote in fetch.lung250m_files() if (SHARED / "lung250m" / remote.file_name).is_file()
+    ]
+    assert len(present) >= 61
+    for remote in present:
+        digest = hashlib.sha256((SHARED / "lung250m" / remote.file_name).read_bytes()).hexdigest()
+        assert remote.hash == f"sha256:{digest}" or remote.file_name == "lms_validation_cropped.pth"
 
 
 def test_the_address_of_oasis() -> None:

@@ -77,6 +77,45 @@ def test_resizing_is_a_majority_vote():
     assert resize_labels(labels, (1, 2), 3).tolist() == [[[1, 0]]]
 
 
+@pytest.mark.parametrize("spatial", [(8, 12), (4, 8, 12)])
+def test_pooling_keeps_a_thin_line_and_carries_everything_along(spatial):
+    labels = torch.zeros(3, 2, *spatial, dtype=torch.uint8)
+    labels[:, :, 1] = 1  # one voxel thin: a majority vote would lose it
+    pairs = example(spatial, labels=labels)
+    coarse = pairs.pooled(4)
+    assert coarse.spatial == tuple(size // 4 for size in spatial)
+    assert (coarse.labels[:, :, 0] == 1).all() and (coarse.labels[:, :, 1:] == 0).all()
+    assert not pairs.resized(coarse.spatial).labels.any()
+    assert coarse.spacing == (4.0,) * len(spatial)
+    torch.testing.assert_close(coarse.displacement, torch.full_like(coarse.displacement, 0.25))
+    torch.testing.assert_close(
+        coarse.landmarks[0], (pairs.landmarks[0] - 1.5) / 4
+    )  # voxel 0 is centred at 1.5
+    assert pairs.pooled(1) is pairs
+
+
+def test_pooling_twice_is_pooling_once():
+    pairs = example((8, 12, 16), displacement=torch.rand(3, 3, 8, 12, 16))
+    once, twice = pairs.pooled(4), pairs.pooled(2).pooled(2)
+    assert torch.equal(once.labels, twice.labels)
+    torch.testing.assert_close(once.displacement, twice.displacement)
+    torch.testing.assert_close(once.landmarks, twice.landmarks)
+    assert once.spacing == twice.spacing
+
+
+@pytest.mark.parametrize("factor", [0, 3, 5])
+def test_pooling_needs_a_factor_of_the_grid(factor):
+    with pytest.raises(DataError, match="cannot be pooled"):
+        example((8, 12)).pooled(factor)
+
+
+def test_a_pair_without_landmarks_among_others():
+    points = (torch.zeros(0, 2, 2), torch.ones(5, 2, 2), torch.zeros(0, 2, 2))
+    pairs = example(landmarks=points)
+    for changed in (pairs.pooled(2), pairs.resized((4, 6)), pairs.swapped(), pairs[:]):
+        assert [len(some) for some in changed.landmarks] == [0, 5, 0]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

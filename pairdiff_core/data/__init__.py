@@ -1,7 +1,8 @@
 """Data sets: one function, :func:`load_pairs`, for all of them.
 
 ``phantom2d`` are drawn brains that need no download and have a known displacement; ``oasis2d`` are real label
-slices from a folder in the neurite-oasis layout.
+slices from a folder in the neurite-oasis layout. ``phantom3d`` are drawn lungs, with displacement and landmarks;
+``lung250m`` are real lung vessels from a folder in the layouts of Lung250M-4B.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from pairdiff_core.data.lung250m import LABELS, find_lung250m, load_lung250m_pairs, lungs_below
 from pairdiff_core.data.oasis import find_oasis, load_oasis_pairs, slices_below
 from pairdiff_core.data.phantom import brain_pairs
+from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.pairs import DataError, PairSet
 
-DATASETS = ("phantom2d", "oasis2d")
+DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name: spatial axes
 SPLITS = ("train", "test")
 FIRST_TEST_PHANTOM = 5_000  # phantom subjects are numbered; training ones never get this far
 
@@ -33,24 +36,30 @@ class DataSizes(Protocol):
 def default_dataset(spatial_dims: int = 2) -> str:
     """The data set to use when none is named: real data where the environment names some, else the phantom.
 
-    PAIRDIFF_OASIS2D, or a PAIRDIFF_DATA that holds such a folder, means "oasis2d". A path that does not exist
-    means "oasis2d" too, so that loading it reports the mistake; the phantom would only hide it.
+    In 2D, PAIRDIFF_OASIS2D, or a PAIRDIFF_DATA that holds such a folder, means "oasis2d"; in 3D, a PAIRDIFF_DATA that
+    holds lung vessels means "lung250m". A path that does not exist means the real data too, so that loading it
+    reports the mistake; the phantom would only hide it.
 
     Raises:
         DataError: if there is no data set with that many spatial axes.
     """
-    if spatial_dims != 2:
+    if spatial_dims not in DATASETS.values():
         raise DataError(
             f"there is no data set with {spatial_dims} spatial axes; known are {', '.join(DATASETS)}"
         )
-    if os.environ.get("PAIRDIFF_OASIS2D"):
-        return "oasis2d"
+    phantom, real, below = (
+        ("phantom2d", "oasis2d", slices_below)
+        if spatial_dims == 2
+        else ("phantom3d", "lung250m", lungs_below)
+    )
+    if spatial_dims == 2 and os.environ.get("PAIRDIFF_OASIS2D"):
+        return real
     data = os.environ.get("PAIRDIFF_DATA")
     if data:
         folder = Path(data).expanduser()
-        if not folder.is_dir() or slices_below(folder):
-            return "oasis2d"
-    return "phantom2d"
+        if not folder.is_dir() or below(folder):
+            return real
+    return phantom
 
 
 def load_pairs(
@@ -60,17 +69,21 @@ def load_pairs(
 
     Args:
         dataset: one of DATASETS.
-        split: "train" or "test"; no subject is in both.
+        split: "train" or "test"; no subject is in both. The test pairs of "lung250m" are its validation cases, see
+            :func:`pairdiff_core.data.lung250m.case_files`.
         profile: gives ``spatial``, ``num_labels``, ``max_pairs`` and ``phantom_subjects``.
-        data: folder with the real data; None looks where :func:`pairdiff_core.data.oasis.find_oasis` says.
+        data: folder with the real data; None looks where :func:`pairdiff_core.data.oasis.find_oasis` and
+            :func:`pairdiff_core.data.lung250m.find_lung250m` say.
         seed: of the phantom's subjects, and of the choice where there are more than ``max_pairs`` pairs.
 
     Returns:
-        At most ``profile.max_pairs`` ordered pairs. The phantom's come with displacement and landmarks; its
-        test split has a quarter as many subjects as its training split, at least three.
+        At most ``profile.max_pairs`` ordered pairs; in 3D, a pair is one subject, breathed in and out. The
+        phantoms come with displacement and landmarks; their test split has a quarter as many subjects as their
+        training split, at least three.
 
     Raises:
-        DataError: for an unknown data set or split, or data that is missing or not as it should be.
+        DataError: for an unknown data set or split, a size or number of labels that it does not have, or data that is
+            missing or not as it should be.
     """
     if dataset not in DATASETS:
         raise DataError(f"there is no data set {dataset!r}; known are {', '.join(DATASETS)}")
@@ -85,12 +98,25 @@ def load_pairs(
             max_pairs=profile.max_pairs,
             seed=seed,
         )
+    if DATASETS[dataset] == 3 and profile.num_labels != len(LABELS):
+        raise DataError(
+            f"the lungs have {len(LABELS)} labels (background included), not {profile.num_labels}"
+        )
+    if dataset == "lung250m":
+        return load_lung250m_pairs(
+            find_lung250m(data), split, spatial=profile.spatial, max_pairs=profile.max_pairs, seed=seed
+        )
     test = split == "test"
+    subjects = max(3, profile.phantom_subjects // 4) if test else profile.phantom_subjects
+    first = FIRST_TEST_PHANTOM if test else 0
+    if dataset == "phantom3d":
+        number = min(subjects, profile.max_pairs)
+        return lung_pairs(number, spatial=profile.spatial, seed=seed, first_subject=first)
     return brain_pairs(
         profile.max_pairs,
         spatial=profile.spatial,
         num_labels=profile.num_labels,
         seed=seed,
-        subjects=max(3, profile.phantom_subjects // 4) if test else profile.phantom_subjects,
-        first_subject=FIRST_TEST_PHANTOM if test else 0,
+        subjects=subjects,
+        first_subject=first,
     )

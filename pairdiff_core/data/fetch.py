@@ -6,7 +6,9 @@ import shutil
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +17,7 @@ import requests
 from tqdm.auto import tqdm
 
 from pairdiff_core import __version__
+from pairdiff_core.data.lung250m import LUNG_FOLDER
 from pairdiff_core.data.oasis import OASIS_FOLDER
 
 USER_AGENT = f"pairdiff/{__version__}"  # the neurite server refuses the default ones of some libraries
@@ -52,6 +55,12 @@ OASIS_TERMS = (
     "neurite-oasis is derived from OASIS-1. By downloading it you accept the OASIS Data Use Agreement "
     "(https://sites.wustl.edu/oasisbrains/). Cite Hoopes et al. (MELBA 2022) and Marcus et al. (2007)."
 )
+LUNG_REPOSITORY = "multimodallearning/UnleashingRegistration"
+LUNG_COMMIT = "cd1fce1ca3214fc731d72cbd7d7cfb89f8d808c5"
+LUNG_TERMS = (
+    "The lung vessels are derived from Lung250M-4B, research data. Cite Falta et al., Lung250M-4B: A Combined 3D "
+    "Dataset for CT- and Point Cloud-Based Intra-Patient Lung Registration (NeurIPS 2023)."
+)
 
 
 def fetch_oasis2d(to: str | Path, *, remote: Remote = OASIS2D) -> Path:
@@ -75,11 +84,59 @@ def fetch_oasis2d(to: str | Path, *, remote: Remote = OASIS2D) -> Path:
     return unpack(archive, folder, must_hold="subjects.txt")
 
 
-def fetch(remote: Remote, folder: str | Path) -> Path:
+def lung250m_files() -> tuple[Remote, ...]:
+    """The published lung vessels, landmarks and correspondences: 81 files, at one commit, with their SHA-256."""
+    registry = (
+        resources.files("pairdiff_core.data").joinpath("lung250m_registry.txt").read_text(encoding="utf-8")
+    )
+    base = f"https://raw.githubusercontent.com/{LUNG_REPOSITORY}/{LUNG_COMMIT}"
+    rows = [line.split() for line in registry.splitlines()]
+    return tuple(Remote(f"{base}/{path}", f"sha256:{digest}", path) for path, digest in rows)
+
+
+def fetch_lung250m(to: str | Path, *, remotes: Sequence[Remote] | None = None) -> Path:
+    """Download the lung vessels (12 MB, 10 training, 17 validation and 10 test pairs), as far as they are not there.
+
+    A file that is there with the right hash is not fetched again, a broken one is. Until all is there the folder is
+    called ``lung250m.part``, so that half a data set is never taken for a whole one; the next call goes on with it.
+
+    Args:
+        to: folder to put them in; set PAIRDIFF_DATA to the same.
+        remotes: the files, ``file_name`` being the path below the folder; others are only of use for a mirror.
+
+    Returns:
+        The folder with the volumes, ``to/lung250m``.
+
+    Raises:
+        FetchError: if a file cannot be had; the message gives address, hash and target, and how to get all by hand.
+    """
+    folder = Path(to).expanduser() / LUNG_FOLDER
+    remotes = lung250m_files() if remotes is None else remotes
+    working = folder if folder.exists() else folder.with_name(f"{LUNG_FOLDER}.part")
+    if not all((working / remote.file_name).is_file() for remote in remotes):
+        print(LUNG_TERMS)
+    log = pooch.get_logger()
+    level = log.level
+    log.setLevel("WARNING")  # else two lines a file
+    try:
+        for remote in tqdm(remotes, desc=LUNG_FOLDER, unit="file"):
+            target = working / remote.file_name
+            fetch(replace(remote, file_name=target.name), target.parent, progress=False)
+    except FetchError as error:
+        raise FetchError(
+            f"{error} Or all at once: download https://github.com/{LUNG_REPOSITORY}/archive/{LUNG_COMMIT}.zip, unpack "
+            f"it as {working}, and run this again."
+        ) from error
+    finally:
+        log.setLevel(level)
+    return working.rename(folder)  # changes nothing if it was there before
+
+
+def fetch(remote: Remote, folder: str | Path, *, progress: bool = True) -> Path:
     """Download a file into ``folder`` unless it is there already with the right hash; returns its path.
 
     An interrupted download leaves ``<file_name>.part`` and goes on from there next time. A file that is there
-    with another hash is only replaced when the new one is complete and right.
+    with another hash is only replaced when the new one is complete and right. ``progress`` shows a bar over its bytes.
 
     Raises:
         FetchError: if the file cannot be had, or is not what the hash says.
@@ -92,7 +149,7 @@ def fetch(remote: Remote, folder: str | Path) -> Path:
             known_hash=remote.hash,
             fname=remote.file_name,
             path=folder,
-            downloader=ResumingDownloader(target.with_name(f"{target.name}.part")),
+            downloader=ResumingDownloader(target.with_name(f"{target.name}.part"), progress),
         )
     except requests.RequestException as error:
         raise FetchError(
@@ -128,10 +185,11 @@ class ResumingDownloader:
 
     Args:
         partial: file that collects the bytes until all are there.
+        progress: whether to show a bar.
     """
 
-    def __init__(self, partial: Path) -> None:
-        self.partial = partial
+    def __init__(self, partial: Path, progress: bool = True) -> None:
+        self.partial, self.progress = partial, progress
 
     def __call__(self, url: str, output_file: str, pooch: Any, check_only: bool = False) -> None:
         """Download ``url`` into ``output_file`` (pooch then checks its hash).
@@ -176,7 +234,14 @@ class ResumingDownloader:
             total = received + int(length) if length else None
             with (
                 self.partial.open("ab" if received else "wb") as file,
-                tqdm(total=total, initial=received, unit="B", unit_scale=True, desc=self.partial.stem) as bar,
+                tqdm(
+                    total=total,
+                    initial=received,
+                    unit="B",
+                    unit_scale=True,
+                    desc=self.partial.stem,
+                    disable=not self.progress,
+                ) as bar,
             ):
                 for chunk in response.iter_content(CHUNK_BYTES):
                     file.write(chunk)

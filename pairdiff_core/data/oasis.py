@@ -12,27 +12,21 @@ stored, and the crown at low indices of axis 1.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 
+from pairdiff_core.data.nifti import read_label_image
 from pairdiff_core.pairs import DataError, PairSet, resize_labels
 
 OASIS_FOLDER = "neurite-oasis.2d.v1.0"
 STAND_IN_FOLDER = "brain2d"  # the same layout, made from freely usable label maps
 TEST_SHARE = 0.2  # of the subjects
-GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,45 +182,18 @@ def read_slice(path: str | Path, num_labels: int) -> tuple[torch.Tensor, tuple[f
             f"{path} is missing: this subject has no such segmentation. Add the file, or take the subject "
             "out of subjects.txt."
         )
-    try:
-        # whole, so that the checksum at the end is looked at: nibabel alone stops reading before it
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
-    try:
-        image = nib.Nifti1Image.from_bytes(content)
-    except (ImageFileError, HeaderDataError, WrapStructError) as error:
-        raise DataError(f"{path} is not a NIfTI image ({error}). Fetch or export it again.") from error
-    try:
-        values = np.asanyarray(image.dataobj)
-    except (EOFError, OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is truncated: it has fewer voxels than its header says ({error}). Fetch it again."
-        ) from error
+    values, image = read_label_image(path)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]  # (H, W, 1) -> (H, W)
     if values.ndim != 2:
         raise DataError(f"{path} has shape {values.shape}; expected one slice, (H, W) or (H, W, 1).")
-    if values.dtype.kind not in "uif":
-        raise DataError(f"{path} holds {values.dtype} values; labels are whole numbers. Export it again.")
-    if not np.isfinite(values).all():
-        raise DataError(
-            f"{path} holds NaN or infinite values; labels are whole numbers. Export the segmentation again."
-        )
-    whole = np.round(values)
-    if (whole != values).any():
-        raise DataError(
-            f"{path} holds values that are no whole numbers, such as {values[whole != values][0]:g}: an "
-            "intensity image, or labels that were interpolated. Resample labels by nearest neighbour."
-        )
-    unknown = np.setdiff1d(whole, np.arange(num_labels))
+    unknown = np.setdiff1d(values, np.arange(num_labels))
     if unknown.size:
         raise DataError(
             f"{path} holds the label {unknown[0]:g}, not in the label table (0 to {num_labels - 1}). "
             "Correct the image or use the table that belongs to it."
         )
-    return torch.from_numpy(whole.astype(np.uint8)), tuple(float(mm) for mm in image.header.get_zooms()[:2])
+    return torch.from_numpy(values.astype(np.uint8)), tuple(float(mm) for mm in image.header.get_zooms()[:2])
 
 
 def segmentation_files(folder: str | Path, names: Sequence[str], num_labels: int) -> list[Path]:

@@ -1,0 +1,56 @@
+"""Label images from NIfTI files: read whole, checked, and refused with the file's name and what to do."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from pairdiff_core.pairs import DataError
+
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """The values of a label image as stored, all of them whole numbers, and the image for its header and affine.
+
+    Raises:
+        DataError: if the file is damaged or no NIfTI, or holds anything but whole numbers.
+    """
+    path = Path(path)
+    try:
+        # whole, so that the checksum at the end is looked at: nibabel alone stops reading before it
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
+    try:
+        image = nib.Nifti1Image.from_bytes(content)
+    except (ImageFileError, HeaderDataError, WrapStructError) as error:
+        raise DataError(f"{path} is not a NIfTI image ({error}). Fetch or export it again.") from error
+    try:
+        values = np.asanyarray(image.dataobj)
+    except (EOFError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is truncated: it has fewer voxels than its header says ({error}). Fetch it again."
+        ) from error
+    if values.dtype.kind not in "uif":
+        raise DataError(f"{path} holds {values.dtype} values; labels are whole numbers. Export it again.")
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"{path} holds NaN or infinite values; labels are whole numbers. Export the segmentation again."
+            )
+        broken = values[np.round(values) != values]
+        if broken.size:
+            raise DataError(
+                f"{path} holds values that are no whole numbers, such as {broken[0]:g}: an intensity image, or "
+                "labels that were interpolated. Resample labels by nearest neighbour."
+            )
+    return values, image
