@@ -10,7 +10,7 @@ State-Spaces", NeurIPS 2021; Bond-Taylor et al., "Unleashing Transformers", ECCV
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,22 +23,23 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 (N, L), some ma
 class Denoiser(nn.Module):
     """A transformer encoder that predicts every token from the ones that are not masked.
 
-    Learned positions, no time input. The published sizes (K = 1024, L = 3328, 12 layers, width 512, 16 heads,
-    feed-forward 1024) make 28.0 M parameters.
+    Learned positions, no time input. The published sizes (K = 1024, 16 x 13 x 16 tokens, 12 layers, width 512, 16
+    heads, feed-forward 1024) make 28.0 M parameters. Positions start as waves (:func:`place_code`), not as noise:
+    which tokens are neighbours is then there to be seen, and need not be found out for each place anew.
 
     Args:
         codes: K; token K is MASK.
-        length: L, tokens in a sequence.
+        grid: of the tokens of a pair; L is the product of its sizes.
         layers, width, heads, feed_forward: of ``nn.TransformerEncoderLayer``, normalised before each block.
     """
 
     def __init__(
-        self, codes: int, length: int, layers: int, width: int, heads: int, feed_forward: int
+        self, codes: int, grid: Sequence[int], layers: int, width: int, heads: int, feed_forward: int
     ) -> None:
         super().__init__()
-        self.codes, self.length = codes, length
+        self.codes, self.length = codes, math.prod(grid)
         self.token = nn.Embedding(codes + 1, width)
-        self.position = nn.Parameter(torch.zeros(length, width))
+        self.position = nn.Parameter(place_code(grid, width) / 2)
         layer = nn.TransformerEncoderLayer(
             width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -46,8 +47,7 @@ class Denoiser(nn.Module):
             layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
         self.head = nn.Linear(width, codes, bias=False)
-        nn.init.normal_(self.token.weight, std=0.02)
-        nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the places
 
     @property
     def mask_token(self) -> int:
@@ -58,6 +58,23 @@ class Denoiser(nn.Module):
         if tokens.shape[1] != self.length:
             raise ValueError(f"this denoiser is made for {self.length} tokens a pair, got {tokens.shape[1]}")
         return self.head(self.blocks(self.token(tokens) + self.position))
+
+
+def place_code(grid: Sequence[int], width: int) -> torch.Tensor:
+    """Sines and cosines of the place of each token on its grid, float (L, width), in row-major order.
+
+    Along each axis, wavelengths from four tokens to four times its longest side, in equal ratios; what the
+    axes leave of ``width`` stays zero. As in Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5,
+    with an equal share of the width for each axis. MONAI's ``build_sincos_position_embedding`` does not take the
+    published width in 3D.
+    """
+    frequencies = width // (2 * len(grid))
+    slowest, fastest = math.pi / (2 * max(grid)), math.pi / 2  # radians per token
+    rates = torch.logspace(math.log10(slowest), math.log10(fastest), frequencies)
+    places = torch.meshgrid(*[torch.arange(size) + 0.5 for size in grid], indexing="ij")
+    angles = [place.flatten()[:, None] * rates for place in places]  # (L, frequencies) each
+    waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], 1)
+    return F.pad(waves, (0, width - waves.shape[1]))
 
 
 class Masked(NamedTuple):

@@ -86,7 +86,7 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
 
     def make() -> absorbing.Denoiser:
         return absorbing.Denoiser(
-            codes, sequences.shape[1], numbers.layers, numbers.width, numbers.heads, numbers.feed_forward
+            codes, tokens.shape[1:], numbers.layers, numbers.width, numbers.heads, numbers.feed_forward
         )
 
     def loss(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:

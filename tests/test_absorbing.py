@@ -147,14 +147,26 @@ def test_the_same_seed_gives_the_same_sample(exact):
 
 def test_the_published_denoiser_has_28_million_parameters():
     with torch.device("meta"):
-        denoiser = absorbing.Denoiser(1024, 3328, layers=12, width=512, heads=16, feed_forward=1024)
+        denoiser = absorbing.Denoiser(1024, (16, 13, 16), layers=12, width=512, heads=16, feed_forward=1024)
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, 1) == 28.0
+
+
+@pytest.mark.parametrize("grid, width", [((6, 5), 32), ((4, 3, 4), 50)])
+def test_places_that_are_near_have_codes_that_are_near(grid, width):
+    code = absorbing.place_code(grid, width)
+    places = torch.cartesian_prod(*[torch.arange(size) for size in grid]).float()
+    assert code.shape == (math.prod(grid), width)
+    assert torch.cdist(code, code)[~torch.eye(len(code), dtype=torch.bool)].min() > 0.1, (
+        "no two places look the same"
+    )
+    steps, distance = torch.cdist(places, places), torch.cdist(code, code)
+    assert distance[steps == 1].mean() < distance[steps == 2].mean() < distance[steps > 3].mean()
 
 
 def test_the_denoiser_learns_a_toy_joint(joint, sequences):
     """Trained by the re-weighted loss on samples of the toy, its bound comes near the entropy."""
     torch.manual_seed(0)
-    denoiser = absorbing.Denoiser(CODES, LENGTH, layers=2, width=32, heads=2, feed_forward=64)
+    denoiser = absorbing.Denoiser(CODES, (LENGTH,), layers=2, width=32, heads=2, feed_forward=64)
     adam, generator = torch.optim.Adam(denoiser.parameters(), 3e-3), seeded()
     for _ in range(300):
         batch = sequences[torch.multinomial(joint, 256, replacement=True, generator=generator)]
@@ -170,6 +182,6 @@ def test_the_denoiser_learns_a_toy_joint(joint, sequences):
 
 
 def test_another_length_is_refused():
-    denoiser = absorbing.Denoiser(CODES, LENGTH, layers=1, width=8, heads=1, feed_forward=8)
+    denoiser = absorbing.Denoiser(CODES, (LENGTH,), layers=1, width=8, heads=1, feed_forward=8)
     with pytest.raises(ValueError, match="made for 4 tokens"):
         denoiser(torch.zeros(1, 5, dtype=torch.long))
