@@ -64,7 +64,7 @@ sync: $(INSTALLED) ## make the notebooks (.ipynb) of the chapters' text (.md), a
 	@runs="$$(mktemp -d)"; trap 'rm -rf "$$runs"' EXIT; \
 	env -u PAIRDIFF_DATA -u PAIRDIFF_OASIS2D PAIRDIFF_PROFILE=quick PAIRDIFF_RUNS="$$runs" $(PYTHON) notebooks/execute.py $(NOTEBOOKS)
 
-results: $(INSTALLED) ## measure the results shown in the book again (hours; see CONTRIBUTING.md)
+results: $(INSTALLED) ## measure the results shown in the book again (one to two hours; see CONTRIBUTING.md)
 	$(PYTHON) -m pairdiff_core.results $(RESULTS)
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks

@@ -302,11 +302,11 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **gridspec: Any)
     return figure, axes
 
 
-def _image_size(rows: int, columns: int, pairs: PairSet) -> tuple[float, float]:
-    """Width and height in inches of a figure of so many images, each with its title."""
+def _image_size(rows: int, columns: int, pairs: PairSet, title: float = 0.35) -> tuple[float, float]:
+    """Width and height in inches of a figure of so many images; ``title`` is the space above each row but the first."""
     width = min(IMAGE, WIDTH / columns)
     high = pairs.spatial[1] * pairs.spacing[1] / (pairs.spatial[0] * pairs.spacing[0])
-    return width * columns, (width * high + 0.35) * rows
+    return width * columns, (width * high + title) * rows + (0.35 - title)
 
 
 def _structure_legend(figure: Figure, pairs: PairSet, labels: torch.Tensor) -> None:
@@ -355,7 +355,7 @@ def pairs_figure(sets: PairSet | Mapping[str, PairSet], number: int = 3) -> Figu
     number = min(number, *(len(pairs) for pairs in named.values()))
     ratios = [1, 1, 0.06] * number  # a gap after each pair
     figure, axes = _figure(
-        len(named), 3 * number, _image_size(len(named), 2 * number, first), width_ratios=ratios
+        len(named), 3 * number, _image_size(len(named), 2 * number, first, title=0.1), width_ratios=ratios
     )
     for row, (name, pairs) in enumerate(named.items()):
         for index in range(number):

@@ -144,7 +144,7 @@ def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, A
             metrics.target_registration_error(field, points, pairs.spacing).mean()
             for field, points in zip(displacement, pairs.landmarks, strict=True)
         ]
-        extra["tre_mm"] = float(torch.stack(per_pair).mean())
+        extra["tre_mm"] = float(torch.stack(per_pair).nanmean())  # a pair may have no landmarks
     dice = metrics.dice(warp_labels(pairs.moving, displacement), pairs.fixed, pairs.num_labels)
     return {"dice": float(dice.nanmean(1).mean()), "dice_per_pair": dice.nanmean(1).tolist(),
             "dice_per_structure": _per_structure(pairs, dice), **extra}  # fmt: skip
