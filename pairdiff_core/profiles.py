@@ -27,13 +27,17 @@ class VQAEProfile:
     """Stage 1, the paired VQ autoencoder."""
 
     channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
-    strides: tuple[int, ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
+    strides: tuple[int | tuple[int, ...], ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
     codes: int  # published: 1024
     fade_in: int  # training batches over which quantisation fades in (published: none)
     steps: int  # published: 336,000 samples
     batch: int
     learning_rate: float  # published: 5e-4
     augmentation: Augmentation
+    patch: tuple[int, ...] | None = (
+        None  # voxels of the pieces to train on; None: whole images (published: 128 a side)
+    )
+    cuts: int = 1  # batches of pieces from each warped batch
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class Level(NamedTuple):
     """One level of an optimisation over velocities."""
 
     scale: int  # images are averaged over this many voxels a side
-    control: int  # the update lives on a grid this many times coarser than those
+    control: int  # velocities live on a grid this many times coarser than those
     steps: int  # of Adam
-    learning_rate: float  # of Adam, in voxels of the level
+    learning_rate: float  # of Adam, in voxels of that grid
 
 
 @dataclass(frozen=True)
