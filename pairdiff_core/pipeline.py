@@ -46,12 +46,11 @@ def train_vqae(run: Run) -> Stage:
         }
 
     def fit(model: nn.Module) -> training.History:
-        batches = training.warped_batches(
-            pairs.labels, numbers.batch, numbers.augmentation, run.generator("vqae")
-        )
+        generator = run.generator("vqae")
+        batches = training.warped_batches(pairs.labels, numbers.batch, numbers.augmentation, generator)
         return training.fit(
             model,
-            batches,
+            training.patches(batches, numbers.patch, numbers.cuts, generator),
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
@@ -113,7 +112,7 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
 def synthesise(run: Run, autoencoder: Stage, denoiser: Stage) -> torch.Tensor:
     """Stage 4: tokens int16 (N, *grid) of new pairs. The tokens *are* the set; :func:`decode_pairs` shows it."""
     numbers, device = run.profile.synthesis, training.best_device()
-    grid = tuple(size // autoencoder.model.reduction for size in run.train.spatial)
+    grid = autoencoder.model.token_grid(run.train.spatial)
 
     def make() -> torch.Tensor:
         generator = run.generator("synthesis", device)

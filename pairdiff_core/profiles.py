@@ -8,7 +8,7 @@ no published 2D network, so the 2D sizes are this book's own.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -27,13 +27,17 @@ class VQAEProfile:
     """Stage 1, the paired VQ autoencoder."""
 
     channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
-    strides: tuple[int, ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
+    strides: tuple[int | tuple[int, ...], ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
     codes: int  # published: 1024
     fade_in: int  # training batches over which quantisation fades in (published: none)
     steps: int  # published: 336,000 samples
     batch: int
     learning_rate: float  # published: 5e-4
     augmentation: Augmentation
+    patch: tuple[int, ...] | None = (
+        None  # voxels of the pieces to train on; None: whole images (published: 128 a side)
+    )
+    cuts: int = 1  # batches of pieces from each warped batch
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class Level(NamedTuple):
     """One level of an optimisation over velocities."""
 
     scale: int  # images are averaged over this many voxels a side
-    control: int  # the update lives on a grid this many times coarser than those
+    control: int  # velocities live on a grid this many times coarser than those
     steps: int  # of Adam
-    learning_rate: float  # of Adam, in voxels of the level
+    learning_rate: float  # of Adam, in voxels of that grid
 
 
 @dataclass(frozen=True)
@@ -222,11 +226,85 @@ _PAPER_2D = Profile(
     ),
 )
 
-PROFILES = {2: {profile.name: profile for profile in (_QUICK_2D, _LAPTOP_2D, _PAPER_2D)}}
+# The three-dimensional ones. There is no laptop yet.
+_LUNG_LEVELS = ((8, 2, 0.3), (4, 2, 0.2), (2, 4, 0.2))  # scale, control, learning rate
+
+_QUICK_3D = Profile(
+    name="quick",
+    spatial=(64, 52, 64),
+    num_labels=2,
+    max_pairs=40,
+    phantom_subjects=12,
+    vqae=VQAEProfile(
+        channels=(16, 32, 64),
+        strides=(2, 2, (2, 1, 2)),  # 52 is no multiple of 8
+        codes=256,
+        fade_in=100,
+        steps=150,
+        batch=2,
+        learning_rate=4e-3,
+        augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12),
+    ),
+    diffusion=DiffusionProfile(
+        layers=2,
+        width=64,
+        heads=4,
+        feed_forward=128,
+        copies=4,
+        steps=200,
+        batch=4,
+        learning_rate=2e-3,
+        average=0.99,
+    ),
+    synthesis=SynthesisProfile(pairs=16, steps=32, temperature=0.9),
+    registration=RegistrationProfile(
+        channels=(8, 16, 32, 32, 32, 16),
+        scale=2,
+        squarings=5,
+        smoothness=0.05,
+        steps=60,
+        batch=2,
+        learning_rate=4e-3,
+        instance=Level(scale=2, control=2, steps=20, learning_rate=0.1),
+        baseline=tuple(Level(max(1, scale // 4), control, 20, rate) for scale, control, rate in _LUNG_LEVELS),
+    ),
+)
+
+_PAPER_3D = Profile(
+    name="paper",
+    spatial=(256, 208, 256),
+    num_labels=2,
+    max_pairs=97,
+    phantom_subjects=97,
+    vqae=replace(
+        _PAPER_2D.vqae,
+        strides=(1, 2, 1, 2, 1, 2, 1, 2),
+        steps=168_000,  # 336,000 samples
+        batch=2,
+        augmentation=Augmentation(affine=0.05, common=0.0, own=0.0, smoothness=24),
+        patch=(128, 128, 128),
+        cuts=4,
+    ),
+    diffusion=_PAPER_2D.diffusion,
+    synthesis=_PAPER_2D.synthesis,
+    registration=replace(
+        _PAPER_2D.registration,
+        squarings=12,
+        smoothness=0.5,
+        batch=1,
+        instance=Level(scale=2, control=4, steps=50, learning_rate=0.2),
+        baseline=tuple(Level(scale, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
+    ),
+)
+
+PROFILES = {
+    2: {profile.name: profile for profile in (_QUICK_2D, _LAPTOP_2D, _PAPER_2D)},
+    3: {profile.name: profile for profile in (_QUICK_3D, _PAPER_3D)},
+}
 
 
 def get_profile(name: str | None = None, spatial_dims: int = 2) -> Profile:
-    """The profile of that name; without one, the one that ``PAIRDIFF_PROFILE`` names, else ``quick``.
+    """The profile of that name for slices or volumes; without one, what ``PAIRDIFF_PROFILE`` names, else ``quick``.
 
     Raises:
         ValueError: for a name that there is not; the message lists those there are.

@@ -19,7 +19,7 @@ from monai.networks.layers import GaussianFilter
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from pairdiff_core.fields import LINEAR, compose, exponentiate, resize_field, smooth, warp
+from pairdiff_core.fields import compose, exponentiate, resize_field, smooth, warp
 from pairdiff_core.pairs import one_hot
 from pairdiff_core.profiles import Level
 
@@ -155,8 +155,9 @@ def optimise(
 ) -> Velocities:
     """Improve velocities for these very images (N, M, *spatial) by gradient descent; no training, no labels of others.
 
-    The update is a coarse control grid, smoothed, added to each velocity; signs and compositions stay as they are,
-    so the result is inverse consistent by construction like its start.
+    A smoothed update is added to each velocity; signs and compositions stay as they are, so the result is inverse
+    consistent by construction like its start. Velocities live and are integrated on a control grid that may be much
+    coarser than the images: a smooth flow needs no finer one, and there its cost is small.
 
     Args:
         velocities: where to start, on any grid over the same view.
@@ -164,27 +165,24 @@ def optimise(
         blur: standard deviation of a Gaussian on the pooled maps, in voxels of the level; 0 for none.
 
     Returns:
-        Velocities on the level's grid, in its voxels.
+        Velocities on the level's control grid, in its voxels.
     """
     fixed, moving = pool(fixed, level.scale), pool(moving, level.scale)
     grid = fixed.shape[2:]
     if blur > 0:
         gaussian = GaussianFilter(len(grid), blur).to(fixed.device)
         fixed, moving = gaussian(fixed), gaussian(moving)
-    start = tuple(resize_field(velocity.detach(), grid) for velocity in velocities)
     control = [max(1, size // level.control) for size in grid]
-    updates = [
-        torch.zeros((*fixed.shape[:1], len(grid), *control), device=fixed.device, requires_grad=True)
-        for _ in start
-    ]
+    start = tuple(resize_field(velocity.detach(), control) for velocity in velocities)
+    updates = [torch.zeros_like(velocity, requires_grad=True) for velocity in start]
     adam = torch.optim.Adam(updates, lr=level.learning_rate)
 
     def current() -> Velocities:
-        finer = [F.interpolate(smooth(update), size=grid, mode=LINEAR[len(grid)]) for update in updates]
-        return tuple(velocity + update for velocity, update in zip(start, finer, strict=True))
+        return tuple(velocity + smooth(update) for velocity, update in zip(start, updates, strict=True))
 
     for _ in range(level.steps):
-        loss = registration_loss(integrate(current(), squarings), fixed, moving, smoothness)
+        deformation = integrate(current(), squarings).resized(grid)
+        loss = registration_loss(deformation, fixed, moving, smoothness)
         adam.zero_grad()
         loss.total.backward()
         adam.step()

@@ -297,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--run", type=Path, help="run folder, which finished stages are loaded from")
     chosen = parser.parse_args(arguments)
-    run = Run(chosen.dataset, get_profile(chosen.profile), chosen.seed, chosen.run, chosen.data)
+    profile = get_profile(chosen.profile, DATASETS[chosen.dataset])
+    run = Run(chosen.dataset, profile, chosen.seed, chosen.run, chosen.data)
     results = measure(run)
     write_results(chosen.file, results)
     for name, value in results["summary"].items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,27 @@ def warped_batches(
     """
     for chosen in shuffled(len(labels), batch, generator):
         yield augment(labels[chosen], augmentation, generator)
+
+
+def patches(
+    batches: Iterator[torch.Tensor], size: Sequence[int] | None, cuts: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """From each batch of pairs (N, 2, *spatial) ``cuts`` batches of pieces (N, 2, *size), at one random place a pair.
+
+    Warping a volume takes longer than a training step on a piece of it, so each is used several times. Without a size
+    the batches come as they are.
+    """
+    if size is None:
+        yield from batches
+        return
+    for batch in batches:
+        free = torch.tensor(batch.shape[2:]) - torch.tensor(size) + 1
+        for _ in range(cuts):
+            starts = (torch.rand((len(batch), len(free)), generator=generator) * free).long().tolist()
+            places = [tuple(slice(a, a + b) for a, b in zip(start, size, strict=True)) for start in starts]
+            yield torch.stack(
+                [pair[(slice(None), *place)] for pair, place in zip(batch, places, strict=True)]
+            )
 
 
 def shuffled(number: int, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -124,7 +124,8 @@ class PairedVQAE(nn.Module):
     Args:
         spatial_dims: 2 or 3.
         num_labels: C, background included.
-        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them.
+        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them. A stride may be one
+            number for each axis.
         codes: K, the size of the codebook.
         fade_in: training batches over which quantisation fades in, see :class:`Codebook`.
     """
@@ -134,13 +135,16 @@ class PairedVQAE(nn.Module):
         spatial_dims: int,
         num_labels: int,
         channels: Sequence[int],
-        strides: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
         codes: int,
         fade_in: int = 0,
     ) -> None:
         super().__init__()
         self.num_labels = num_labels
-        self.reduction = math.prod(strides)  # voxels per token along each axis
+        per_axis = [[stride] * spatial_dims if isinstance(stride, int) else stride for stride in strides]
+        self.reduction = tuple(
+            map(math.prod, zip(*per_axis, strict=True))
+        )  # voxels per token along each axis
         self.network = AutoEncoder(spatial_dims, 2 * (num_labels - 1), 2 * num_labels, channels, strides)
         self.codebook = Codebook(codes, channels[-1], fade_in)
 
@@ -149,13 +153,21 @@ class PairedVQAE(nn.Module):
         quantised = self.codebook(self.network.encode(self.to_maps(labels)))
         return Reconstruction(self._logits(quantised.latent), quantised.tokens, quantised.commitment)
 
+    def token_grid(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """The grid of the tokens of images with so many voxels.
+
+        Raises:
+            ValueError: if a side is no multiple of the reduction along its axis.
+        """
+        if any(size % factor for size, factor in zip(spatial, self.reduction, strict=True)):
+            raise ValueError(
+                f"the sides of the grid must be multiples of {self.reduction}, got {tuple(spatial)}"
+            )
+        return tuple(size // factor for size, factor in zip(spatial, self.reduction, strict=True))
+
     def to_maps(self, labels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 2, *spatial) as the encoder's input, float (N, 2 (C - 1), *spatial)."""
-        wrong = [size for size in labels.shape[2:] if size % self.reduction]
-        if wrong:
-            raise ValueError(
-                f"every side of the grid must be a multiple of {self.reduction}, got {tuple(labels.shape[2:])}"
-            )
+        self.token_grid(labels.shape[2:])
         maps = one_hot(labels.flatten(0, 1), self.num_labels)[:, 1:]  # (2N, C - 1, *s)
         return maps.reshape(len(labels), -1, *labels.shape[2:])  # (2N, C - 1, *s) -> (N, 2 (C - 1), *s)
 

@@ -38,3 +38,27 @@ def small_run(folder, seed=0, **changes):
         ),
     )
     return Run("phantom2d", replace(profile, **changes), seed=seed, folder=folder)
+
+
+def small_run_3d(folder, seed=0):
+    """The same on phantom lungs at the quick size, the autoencoder on pieces of them."""
+    quick = get_profile("quick", 3)
+    profile = replace(
+        quick,
+        max_pairs=4,
+        phantom_subjects=4,
+        vqae=replace(
+            quick.vqae, channels=(4, 8, 8), codes=16, fade_in=2, steps=6, patch=(32, 32, 32), cuts=3
+        ),
+        diffusion=replace(quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=4),
+        synthesis=replace(quick.synthesis, pairs=4, steps=4),
+        registration=replace(
+            quick.registration,
+            channels=(4, 4, 4, 4, 4, 4),
+            steps=4,
+            learning_rate=2e-2,
+            instance=Level(scale=2, control=2, steps=3, learning_rate=0.1),
+            baseline=(Level(scale=2, control=2, steps=10, learning_rate=0.3),),
+        ),
+    )
+    return Run("phantom3d", profile, seed=seed, folder=folder)

@@ -1,13 +1,19 @@
 """Profiles: found by name or environment, frozen, and consistent in themselves."""
 
 import dataclasses
-import math
 
 import pytest
+import torch
 
+from pairdiff_core.absorbing import Denoiser
 from pairdiff_core.profiles import PROFILES, get_profile
+from pairdiff_core.vqae import PairedVQAE
 
-ALL = [profile for profiles in PROFILES.values() for profile in profiles.values()]
+ALL = {
+    f"{profile.name}-{dims}d": (dims, profile)
+    for dims, named in PROFILES.items()
+    for profile in named.values()
+}
 
 
 def test_quick_is_the_default_and_the_environment_chooses(monkeypatch):
@@ -31,12 +37,31 @@ def test_profiles_cannot_be_changed():
         get_profile("quick").num_labels = 3
 
 
-@pytest.mark.parametrize("profile", ALL, ids=lambda profile: profile.name)
-def test_the_grid_fits_the_networks(profile):
+@pytest.mark.parametrize("dims, profile", ALL.values(), ids=ALL)
+def test_the_grid_fits_the_networks(dims, profile):
+    assert len(profile.spatial) == dims
     assert len(profile.vqae.channels) == len(profile.vqae.strides)
-    assert all(size % math.prod(profile.vqae.strides) == 0 for size in profile.spatial)
+    with torch.device("meta"):
+        model = PairedVQAE(
+            dims, profile.num_labels, profile.vqae.channels, profile.vqae.strides, profile.vqae.codes
+        )
+    assert model.token_grid(profile.spatial) and model.token_grid(profile.vqae.patch or profile.spatial)
     assert min(profile.spatial) // profile.registration.scale >= 16, "the U-Net halves its grid four times"
     assert profile.diffusion.width % profile.diffusion.heads == 0
+
+
+def test_paper_3d_has_the_published_numbers_of_tokens_and_parameters():
+    paper = get_profile("paper", 3)
+    numbers, network = paper.vqae, paper.diffusion
+    with torch.device("meta"):
+        model = PairedVQAE(3, 2, numbers.channels, numbers.strides, numbers.codes)
+        grid = model.token_grid(paper.spatial)
+        denoiser = Denoiser(
+            numbers.codes, grid, network.layers, network.width, network.heads, network.feed_forward
+        )
+    assert grid == (16, 13, 16) and numbers.steps * numbers.batch == 336_000
+    assert round(sum(p.numel() for p in model.network.parameters()) / 1e6, 2) == 10.25
+    assert round(sum(p.numel() for p in denoiser.parameters()) / 1e6, 1) == 28.0
 
 
 def test_paper_has_the_published_sizes():

@@ -1,6 +1,7 @@
 """The training loop and its batches: seeded, complete, and honest about failure."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -116,3 +117,23 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert shares[0] == pytest.approx(0.2) and max(shares) == 1.0 and shares.index(1.0) in (4, 5)
     assert shares[-1] == pytest.approx(0, abs=1e-9)
     assert all(later <= earlier for earlier, later in itertools.pairwise(shares[5:]))
+
+
+@pytest.mark.parametrize("spatial, size", [((9, 8), (4, 8)), ((6, 5, 7), (6, 2, 3))])
+def test_patches_are_pieces_of_their_pair_from_all_over_it(spatial, size):
+    whole = torch.arange(2 * 2 * math.prod(spatial)).reshape(2, 2, *spatial)
+    generator = torch.Generator().manual_seed(0)
+    pieces = list(training.patches(iter([whole]), size, 200, generator))
+    assert len(pieces) == 200 and all(piece.shape == (2, 2, *size) for piece in pieces)
+    steps = torch.tensor([math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))])
+    corner = pieces[0].flatten(2)[:, :, 0]
+    for axis, step in enumerate(steps.tolist()):  # neighbours in the piece are neighbours in the whole
+        assert torch.equal(pieces[0].diff(dim=axis + 2), torch.full_like(pieces[0].diff(dim=axis + 2), step))
+    assert torch.equal(corner[:, 1] - corner[:, 0], torch.full((2,), math.prod(spatial)))
+    assert torch.cat([piece.flatten() for piece in pieces]).unique().numel() == whole.numel()
+
+
+def test_without_a_size_batches_stay_whole():
+    batch = torch.zeros(1, 2, 4, 4)
+    (same,) = training.patches(iter([batch]), None, 3, torch.Generator())
+    assert same is batch
