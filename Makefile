@@ -22,6 +22,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PLATFORM_DIRS := 1
 # Threads that wait should not spin: two processes on two cores would otherwise slow each other several times over.
 export OMP_WAIT_POLICY ?= passive
+# Nor do two threads help with what is as small as quick: they take a third longer than one.
+ifeq ($(PAIRDIFF_PROFILE),quick)
+book test-notebooks sync: export OMP_NUM_THREADS ?= 1
+endif
 
 .PHONY: help setup book test test-core test-notebooks sync results lab format clean
 

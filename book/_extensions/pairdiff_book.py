@@ -84,7 +84,8 @@ def describe_machine() -> dict[str, str]:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "Processor": processor_name(),
-        "Cores used": str(cores),
+        "Cores": str(cores),
+        "Threads used": str(torch.get_num_threads()),
         "Memory": memory_gib(),
         "GPU": ", ".join(devices) or "none",
         "System": f"{platform.system()} {platform.machine()}",
