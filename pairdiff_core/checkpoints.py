@@ -205,7 +205,8 @@ def provenance(
         "versions": {
             "pairdiff": pairdiff_core.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "monai", "numpy")},
+            "torch": str(torch.__version__),  # with the build, which the package's own version may leave out
+            **{package: version(package) for package in ("monai", "numpy")},
         },
         "device": _device_name(torch.device(device)),
         "threads": torch.get_num_threads(),

@@ -93,7 +93,9 @@ def test_conda_installs_this_project_and_keeps_to_the_constraints() -> None:
 
 
 def test_everything_that_is_needed_is_pinned() -> None:
-    unpinned = set(needed()) - set(constraints())
+    # libraries for graphics cards come with the build of PyTorch that each machine takes
+    cards = {name for name in needed() if name.startswith(("nvidia-", "cuda-", "triton"))}
+    unpinned = set(needed()) - set(constraints()) - cards
     assert not unpinned, f"add to constraints.txt: {sorted(unpinned)}"
 
 
