@@ -54,6 +54,7 @@ def train_vqae(run: Run) -> Stage:
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
+            fabric=run.fabric("vqae"),
             description="VQ-AE",
         )
 
@@ -101,6 +102,7 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
             average=numbers.average,
+            fabric=run.fabric("denoiser"),
             description="denoiser",
         )
 
@@ -116,18 +118,19 @@ def synthesise(run: Run, autoencoder: Stage, denoiser: Stage) -> torch.Tensor:
 
     def make() -> torch.Tensor:
         generator = run.generator("synthesis", device)
-        drawn = [
-            absorbing.sample(
-                denoiser.model,
-                min(32, numbers.pairs - start),
-                denoiser.model.length,
-                denoiser.model.mask_token,
-                generator,
-                numbers.steps,
-                numbers.temperature,
-            )
-            for start in range(0, numbers.pairs, 32)
-        ]
+        with run.fabric("synthesis").autocast():
+            drawn = [
+                absorbing.sample(
+                    denoiser.model,
+                    min(32, numbers.pairs - start),
+                    denoiser.model.length,
+                    denoiser.model.mask_token,
+                    generator,
+                    numbers.steps,
+                    numbers.temperature,
+                )
+                for start in range(0, numbers.pairs, 32)
+            ]
         return torch.cat(drawn).unflatten(1, grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
 
     config = {
@@ -181,6 +184,7 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
+            fabric=run.fabric("registration"),
             description=f"registration on {name} pairs",
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from pairdiff_core import data
@@ -70,6 +71,12 @@ class Run:
             }
         return told
 
+    def fabric(self, stage: str) -> Fabric:
+        """Device and precision of "vqae", "denoiser", "synthesis" or "registration", as the profile says."""
+        mixed = stage in self.profile.mixed_precision
+        precision = "bf16-mixed" if mixed else "32-true"
+        return Fabric(accelerator=best_device().type, devices=1, precision=precision)
+
     def seed_of(self, stage: str) -> int:
         """A seed for one stage, the same whether the stages before it were trained or loaded."""
         return int(digest(f"{self.seed} {stage}".encode()), 16) % 2**31
@@ -106,7 +113,7 @@ def load_or_train(
     Raises:
         CheckpointError: if the checkpoint is damaged or was made with another config; it stays as it is.
     """
-    path = run.path / f"{name}.safetensors"
+    path, config = run.path / f"{name}.safetensors", _complete(run, name, config)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed_of(name))
         model = make()
@@ -134,7 +141,7 @@ def load_or_make(
     Raises:
         CheckpointError: as :func:`load_or_train`.
     """
-    path = run.path / f"{name}.safetensors"
+    path, config = run.path / f"{name}.safetensors", _complete(run, name, config)
     if path.exists():
         tensors, metadata = load_checkpoint(path)
         _check_config(path, metadata, config)
@@ -143,6 +150,12 @@ def load_or_make(
     tensor = make()
     save_checkpoint(path, {"tensor": tensor}, _describe(run, config, time.perf_counter() - started))
     return tensor
+
+
+def _complete(run: Run, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the precision of the stage that the result is of, "registration" for "registration-real"."""
+    mixed = name.split("-")[0] in run.profile.mixed_precision
+    return {**config, **({"bfloat16": True} if mixed else {})}
 
 
 def _describe(run: Run, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
