@@ -48,9 +48,11 @@ def train_vqae(run: Run) -> Stage:
     def fit(model: nn.Module) -> training.History:
         generator = run.generator("vqae")
         batches = training.warped_batches(pairs.labels, numbers.batch, numbers.augmentation, generator)
+        if numbers.patches is not None:
+            batches = training.patches(batches, *numbers.patches, generator)
         return training.fit(
             model,
-            training.patches(batches, numbers.patch, numbers.cuts, generator),
+            batches,
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,

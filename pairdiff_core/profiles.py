@@ -22,6 +22,13 @@ class Augmentation:
     smoothness: float  # voxels between the nodes of those velocities
 
 
+class Patches(NamedTuple):
+    """Pieces of volumes to train on."""
+
+    size: tuple[int, ...]  # voxels a side (published: 128)
+    cuts: int  # batches of pieces from each warped batch
+
+
 @dataclass(frozen=True)
 class VQAEProfile:
     """Stage 1, the paired VQ autoencoder."""
@@ -34,10 +41,7 @@ class VQAEProfile:
     batch: int
     learning_rate: float  # published: 5e-4
     augmentation: Augmentation
-    patch: tuple[int, ...] | None = (
-        None  # voxels of the pieces to train on; None: whole images (published: 128 a side)
-    )
-    cuts: int = 1  # batches of pieces from each warped batch
+    patches: Patches | None = None  # whole images without
 
 
 @dataclass(frozen=True)
@@ -284,8 +288,7 @@ _PAPER_3D = Profile(
         steps=168_000,  # 336,000 samples
         batch=2,
         augmentation=Augmentation(affine=0.05, common=0.0, own=0.0, smoothness=24),
-        patch=(128, 128, 128),
-        cuts=4,
+        patches=Patches((128, 128, 128), cuts=4),
     ),
     diffusion=_PAPER_2D.diffusion,
     synthesis=_PAPER_2D.synthesis,

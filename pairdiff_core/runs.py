@@ -174,9 +174,9 @@ def _check_config(path: Path, metadata: Mapping[str, Any], config: Mapping[str, 
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them."""
+    """Tuples as the lists that JSON makes of them; without what is None, so that a setting may be added later."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items() if item is not None}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

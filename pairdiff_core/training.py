@@ -35,16 +35,12 @@ def warped_batches(
 
 
 def patches(
-    batches: Iterator[torch.Tensor], size: Sequence[int] | None, cuts: int, generator: torch.Generator
+    batches: Iterator[torch.Tensor], size: Sequence[int], cuts: int, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
     """From each batch of pairs (N, 2, *spatial) ``cuts`` batches of pieces (N, 2, *size), at one random place a pair.
 
-    Warping a volume takes longer than a training step on a piece of it, so each is used several times. Without a size
-    the batches come as they are.
+    Warping a volume takes longer than a training step on a piece of it, so each is used several times.
     """
-    if size is None:
-        yield from batches
-        return
     for batch in batches:
         free = torch.tensor(batch.shape[2:]) - torch.tensor(size) + 1
         for _ in range(cuts):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pairdiff_core.profiles import Augmentation, Level, get_profile
+from pairdiff_core.profiles import Augmentation, Level, Patches, get_profile
 from pairdiff_core.runs import Run
 
 
@@ -48,7 +48,12 @@ def small_run_3d(folder, seed=0):
         max_pairs=4,
         phantom_subjects=4,
         vqae=replace(
-            quick.vqae, channels=(4, 8, 8), codes=16, fade_in=2, steps=6, patch=(32, 32, 32), cuts=3
+            quick.vqae,
+            channels=(4, 8, 8),
+            codes=16,
+            fade_in=2,
+            steps=6,
+            patches=Patches((32, 32, 32), cuts=3),
         ),
         diffusion=replace(quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=4),
         synthesis=replace(quick.synthesis, pairs=4, steps=4),

@@ -45,7 +45,8 @@ def test_the_grid_fits_the_networks(dims, profile):
         model = PairedVQAE(
             dims, profile.num_labels, profile.vqae.channels, profile.vqae.strides, profile.vqae.codes
         )
-    assert model.token_grid(profile.spatial) and model.token_grid(profile.vqae.patch or profile.spatial)
+    sizes = [profile.spatial, *([profile.vqae.patches.size] if profile.vqae.patches else [])]
+    assert all(model.token_grid(size) for size in sizes)
     assert min(profile.spatial) // profile.registration.scale >= 16, "the U-Net halves its grid four times"
     assert profile.diffusion.width % profile.diffusion.heads == 0
 

@@ -57,6 +57,28 @@ def test_other_settings_are_refused_and_the_file_stays(tmp_path):
     assert (tmp_path / "line.safetensors").read_bytes() == before
 
 
+def test_a_setting_that_was_added_later_and_is_unset_changes_nothing(tmp_path):
+    run, trained = small_run(tmp_path), []
+    line(run, {"numbers": {"steps": 1}}, trained)
+    line(run, {"numbers": {"steps": 1, "patches": None}}, trained)
+    assert trained == [True]
+
+
+def test_mixed_precision_is_the_stage_s_own_and_part_of_its_settings(tmp_path):
+    run = small_run(tmp_path)
+    mixed = replace(run, profile=replace(run.profile, mixed_precision=("line",)))
+    for fabric, expected in (
+        (mixed.fabric("line"), torch.bfloat16),
+        (mixed.fabric("other"), torch.float32),
+        (run.fabric("line"), torch.float32),
+    ):
+        with fabric.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+    line(run)
+    with pytest.raises(CheckpointError, match=r"bfloat16 differ"):
+        line(mixed)
+
+
 def test_a_corrupted_checkpoint_is_named_and_stays(tmp_path):
     run = small_run(tmp_path)
     line(run)

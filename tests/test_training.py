@@ -131,9 +131,3 @@ def test_patches_are_pieces_of_their_pair_from_all_over_it(spatial, size):
         assert torch.equal(pieces[0].diff(dim=axis + 2), torch.full_like(pieces[0].diff(dim=axis + 2), step))
     assert torch.equal(corner[:, 1] - corner[:, 0], torch.full((2,), math.prod(spatial)))
     assert torch.cat([piece.flatten() for piece in pieces]).unique().numel() == whole.numel()
-
-
-def test_without_a_size_batches_stay_whole():
-    batch = torch.zeros(1, 2, 4, 4)
-    (same,) = training.patches(iter([batch]), None, 3, torch.Generator())
-    assert same is batch
