@@ -31,22 +31,37 @@ class Denoiser(nn.Module):
         codes: K; token K is MASK.
         grid: of the tokens of a pair; L is the product of its sizes.
         layers, width, heads, feed_forward: of ``nn.TransformerEncoderLayer``, normalised before each block.
+        together: tokens along each axis of the grid that share one place in the transformer; without it, each has its
+            own. Their embeddings are added up there, each is masked and predicted by itself, and the cost falls with
+            the number of places.
     """
 
     def __init__(
-        self, codes: int, grid: Sequence[int], layers: int, width: int, heads: int, feed_forward: int
+        self,
+        codes: int,
+        grid: Sequence[int],
+        layers: int,
+        width: int,
+        heads: int,
+        feed_forward: int,
+        together: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.codes, self.length = codes, math.prod(grid)
-        self.token = nn.Embedding(codes + 1, width)
-        self.position = nn.Parameter(place_code(grid, width) / 2)
+        together = together or [1] * len(grid)
+        if any(size % share for size, share in zip(grid, together, strict=True)):
+            raise ValueError(f"a grid of {tuple(grid)} tokens cannot be cut into blocks of {tuple(together)}")
+        self.codes, self.length, self.sharing = codes, math.prod(grid), math.prod(together)
+        places = [size // share for size, share in zip(grid, together, strict=True)]
+        self.register_buffer("order", _by_place(grid, together), persistent=False)
+        self.token = nn.Embedding(self.sharing * (codes + 1), width)
+        self.position = nn.Parameter(place_code([size for size in places if size > 1], width) / 2)
         layer = nn.TransformerEncoderLayer(
             width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(
             layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
-        self.head = nn.Linear(width, codes, bias=False)
+        self.head = nn.Linear(width, self.sharing * codes, bias=False)
         nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the places
 
     @property
@@ -57,7 +72,21 @@ class Denoiser(nn.Module):
         """Logits float (N, L, K) for tokens int64 (N, L), of which some are MASK."""
         if tokens.shape[1] != self.length:
             raise ValueError(f"this denoiser is made for {self.length} tokens a pair, got {tokens.shape[1]}")
-        return self.head(self.blocks(self.token(tokens) + self.position))
+        first = (self.codes + 1) * torch.arange(
+            self.sharing, device=tokens.device
+        )  # rows of each one's token 0
+        blocks = tokens[:, self.order].unflatten(1, (-1, self.sharing))  # (N, L) -> (N, places, sharing)
+        places = self.token(blocks + first).sum(2) + self.position  # (N, places, width)
+        logits = self.head(self.blocks(places)).reshape(*tokens.shape, self.codes)  # by place
+        return logits[:, self.order.argsort()]
+
+
+def _by_place(grid: Sequence[int], together: Sequence[int]) -> torch.Tensor:
+    """Indices (L,) of the tokens of a grid in row-major order, sorted by the block of ``together`` they are in."""
+    blocks = [part for size, share in zip(grid, together, strict=True) for part in (size // share, share)]
+    axes = range(0, len(blocks), 2)
+    inner = [axis + 1 for axis in axes]
+    return torch.arange(math.prod(grid)).reshape(blocks).permute(*axes, *inner).flatten()
 
 
 def place_code(grid: Sequence[int], width: int) -> torch.Tensor:

@@ -33,6 +33,8 @@ def train_vqae(run: Run) -> Stage:
             numbers.strides,
             numbers.codes,
             numbers.fade_in,
+            numbers.groups or 1,
+            bool(numbers.apart),
         )
 
     def loss(model: nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,7 +90,13 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
 
     def make() -> absorbing.Denoiser:
         return absorbing.Denoiser(
-            codes, tokens.shape[1:], numbers.layers, numbers.width, numbers.heads, numbers.feed_forward
+            codes,
+            tokens.shape[1:],
+            numbers.layers,
+            numbers.width,
+            numbers.heads,
+            numbers.feed_forward,
+            numbers.together,
         )
 
     def loss(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:

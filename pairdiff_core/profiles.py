@@ -20,6 +20,7 @@ class Augmentation:
     common: float  # voxels, standard deviation of a smooth velocity common to both images
     own: float  # voxels, the same for each image alone
     smoothness: float  # voxels between the nodes of those velocities
+    coarser: int | None = None  # they are integrated on a grid so many times coarser, which is faster
 
 
 class Patches(NamedTuple):
@@ -42,6 +43,8 @@ class VQAEProfile:
     learning_rate: float  # published: 5e-4
     augmentation: Augmentation
     patches: Patches | None = None  # whole images without
+    groups: int | None = None  # tokens at each position (published: one)
+    apart: bool | None = None  # each image through the network by itself (published: both at once)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class DiffusionProfile:
     batch: int
     learning_rate: float  # published: 1e-4
     average: float  # decay of the moving average of the weights, a step
+    together: tuple[int, ...] | None = None  # tokens that share one place, along each axis (published: none)
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,16 @@ def augment(labels: torch.Tensor, augmentation: Augmentation, generator: torch.G
 def _random_flow(
     number: int, spatial: torch.Size, amplitude: float, augmentation: Augmentation, generator: torch.Generator
 ) -> torch.Tensor:
+    factor = augmentation.coarser or 1
     velocity = fields.random_velocity(
-        number, spatial, amplitude=amplitude, smoothness=augmentation.smoothness, generator=generator
+        number,
+        [size // factor for size in spatial],
+        amplitude=amplitude / factor,
+        smoothness=augmentation.smoothness / factor,
+        generator=generator,
     )
-    return fields.exponentiate(velocity, squarings=4)
+    flow = fields.exponentiate(velocity, squarings=4)
+    return flow if factor == 1 else fields.resize_field(flow, spatial)
 
 
 def _affine_jitter(
