@@ -185,3 +185,36 @@ def test_another_length_is_refused():
     denoiser = absorbing.Denoiser(CODES, (LENGTH,), layers=1, width=8, heads=1, feed_forward=8)
     with pytest.raises(ValueError, match="made for 4 tokens"):
         denoiser(torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_tokens_of_one_place_are_embedded_together_and_predicted_apart():
+    """Two blocks of 2 x 2 tokens: what is said of one token depends on its own row of the head alone."""
+    torch.manual_seed(0)
+    grid, together = (2, 4, 2), (2, 2, 2)
+    model = absorbing.Denoiser(5, grid, 1, 16, 2, 16, together).eval()
+    assert model.position.shape == (2, 16)
+    block = torch.arange(16).reshape(grid)[:, 2:].flatten()  # the second one
+    assert torch.equal(model.order[8:].sort().values, block)
+    tokens = torch.randint(0, 5, (3, 16))
+    before = model(tokens)
+    assert before.shape == (3, 16, 5)
+    with torch.no_grad():
+        model.head.weight[-5:] = 0  # the last token of a block
+    after = model(tokens)
+    changed = (before != after).any(2).any(0).nonzero().flatten().tolist()
+    assert changed == torch.arange(16).reshape(grid)[1, 1::2, 1].flatten().tolist()
+
+
+def test_a_place_of_its_own_for_each_token_is_the_plain_denoiser():
+    torch.manual_seed(0)
+    plain = absorbing.Denoiser(5, (3, 4), 1, 16, 2, 16).eval()
+    blocks = absorbing.Denoiser(5, (3, 4), 1, 16, 2, 16, (1, 1)).eval()
+    blocks.load_state_dict(plain.state_dict())
+    tokens = torch.randint(0, 6, (2, 12))
+    torch.testing.assert_close(plain(tokens), blocks(tokens))
+    torch.testing.assert_close(plain(tokens), plain.head(plain.blocks(plain.token(tokens) + plain.position)))
+
+
+def test_a_grid_that_blocks_do_not_fill_is_refused():
+    with pytest.raises(ValueError, match=r"a grid of \(3, 4\) tokens cannot be cut into blocks of \(2, 2\)"):
+        absorbing.Denoiser(5, (3, 4), 1, 16, 2, 16, (2, 2))

@@ -55,6 +55,19 @@ def test_a_common_warp_keeps_equal_images_equal_and_an_own_warp_does_not():
     assert not torch.equal(own[:, 0], own[:, 1])
 
 
+def test_flows_on_a_coarser_grid_are_as_large_and_as_smooth():
+    """In voxels of the images, not of the grid that they were integrated on."""
+
+    def flow(coarser):
+        numbers = Augmentation(affine=0.0, common=2.0, own=0.0, smoothness=16, coarser=coarser)
+        return training._random_flow(20, (64, 96), 2.0, numbers, seeded())
+
+    fine, coarse = flow(None), flow(4)
+    assert coarse.shape == fine.shape
+    assert float(coarse.std() / fine.std()) == pytest.approx(1, abs=0.1)
+    assert float(coarse.diff(dim=3).std() / fine.diff(dim=3).std()) == pytest.approx(1, abs=0.15)
+
+
 def line_fit(steps=200, **changes):
     """Fit y = 2 x + 1 from seeded batches."""
     torch.manual_seed(0)
