@@ -59,7 +59,7 @@ def test_flows_on_a_coarser_grid_are_as_large_and_as_smooth():
     """In voxels of the images, not of the grid that they were integrated on."""
 
     def flow(coarser):
-        numbers = Augmentation(affine=0.0, common=2.0, own=0.0, smoothness=16, coarser=coarser)
+        numbers = Augmentation(affine=0.0, common=2.0, own=0.0, smoothness=24, coarser=coarser)
         return training._random_flow(20, (64, 96), 2.0, numbers, seeded())
 
     fine, coarse = flow(None), flow(4)
