@@ -170,7 +170,12 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
 
     def make() -> TwoStepNetwork:
         return TwoStepNetwork(
-            pairs.spatial_dims, pairs.num_labels - 1, numbers.channels, numbers.scale, numbers.squarings
+            pairs.spatial_dims,
+            pairs.num_labels - 1,
+            numbers.channels,
+            numbers.scale,
+            numbers.squarings,
+            numbers.control or 1,
         )
 
     def loss(model: nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -86,7 +86,7 @@ class RegistrationProfile:
     """Stage 5, registration: the network, its training, and the optimisers without training."""
 
     channels: tuple[int, ...]  # published: 8 16 32 64 64 64
-    scale: int  # velocities live on a grid this many times coarser than the images (published: 2)
+    scale: int  # the network sees images this many times coarser (published: 2)
     squarings: int  # published: 12
     smoothness: float  # weight of the squared gradient (published: 0.5)
     steps: int
@@ -94,6 +94,7 @@ class RegistrationProfile:
     learning_rate: float
     instance: Level  # published: 50 steps
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
+    control: int | None = None  # velocities of the network on a grid this many times coarser still
 
 
 @dataclass(frozen=True)

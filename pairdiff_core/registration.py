@@ -106,15 +106,23 @@ class TwoStepNetwork(nn.Module):
         spatial_dims: 2 or 3.
         maps: M, channels of one image.
         channels: of MONAI's ``BasicUNet``, six numbers (published: 8 16 32 64 64 64).
-        scale: the velocities live on a grid this many times coarser than the images (published: 2).
+        scale: the U-Nets see images this many times coarser (published: 2).
         squarings: of scaling and squaring.
+        control: the velocities live on a grid this many times coarser still (published: 1). A smooth flow needs no
+            finer one, and in 3D following it is most of the work.
     """
 
     def __init__(
-        self, spatial_dims: int, maps: int, channels: Sequence[int], scale: int = 2, squarings: int = 6
+        self,
+        spatial_dims: int,
+        maps: int,
+        channels: Sequence[int],
+        scale: int = 2,
+        squarings: int = 6,
+        control: int = 1,
     ) -> None:
         super().__init__()
-        self.scale, self.squarings = scale, squarings
+        self.scale, self.squarings, self.control = scale, squarings, control
         self.steps = nn.ModuleList(
             BasicUNet(spatial_dims, 2 * maps, spatial_dims, tuple(channels)) for _ in range(2)
         )
@@ -125,22 +133,23 @@ class TwoStepNetwork(nn.Module):
     def _velocity(self, step: nn.Module, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         both = torch.cat([torch.cat([fixed, moving], 1), torch.cat([moving, fixed], 1)])  # (2N, 2M, *grid)
         forth, back = step(both).chunk(2)
-        return smooth(forth - back)
+        return smooth(pool(forth - back, self.control))
 
     def velocities(self, fixed: torch.Tensor, moving: torch.Tensor) -> Velocities:
-        """Both velocities for maps (N, M, *spatial), on the coarser grid and in its voxels."""
+        """Both velocities for maps (N, M, *spatial), on the control grid and in its voxels."""
         smallest = 16 * self.scale  # the U-Net halves its grid four times
         if min(fixed.shape[2:]) < smallest:
             raise ValueError(f"images need at least {smallest} voxels a side, got {tuple(fixed.shape[2:])}")
         fixed, moving = pool(fixed, self.scale), pool(moving, self.scale)
         first = self._velocity(self.steps[0], fixed, moving)
-        half = integrate((first / 2,), self.squarings)
+        half = integrate((first / 2,), self.squarings).resized(fixed.shape[2:])
         second = self._velocity(self.steps[1], warp(fixed, half.inverse), warp(moving, half.displacement))
         return first, second
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> Deformation:
-        """Register maps (N, M, *spatial); the deformation lives on the coarser grid, in its voxels."""
-        return integrate(self.velocities(fixed, moving), self.squarings)
+        """Register maps (N, M, *spatial); the deformation lives on the grid of the U-Nets, in its voxels."""
+        coarser = [size // self.scale for size in fixed.shape[2:]]
+        return integrate(self.velocities(fixed, moving), self.squarings).resized(coarser)
 
 
 def optimise(
