@@ -74,6 +74,24 @@ def target_registration_error(
     return ((arrived - moving) * displacement.new_tensor(tuple(spacing))).norm(dim=1)
 
 
+def describe_errors(errors: torch.Tensor) -> dict[str, float]:
+    """Landmark errors (K,) in mm as the numbers that tables show.
+
+    Returns:
+        ``mean``; ``p25``, ``p50``, ``p75``, ``p95``, percentiles by linear interpolation; ``worst30``, the mean of the
+        worst 30 % of the landmarks (at least one); ``landmarks``, K.
+
+    Raises:
+        ValueError: without a landmark.
+    """
+    if not len(errors):
+        raise ValueError("there are no landmarks, so there is no error to describe")
+    worst = errors.double().sort(descending=True).values[: max(1, round(0.3 * len(errors)))]
+    percentiles = {f"p{p}": errors.double().quantile(p / 100).item() for p in (25, 50, 75, 95)}
+    return {"mean": errors.double().mean().item(), **percentiles, "worst30": worst.mean().item(),
+            "landmarks": len(errors)}  # fmt: skip
+
+
 def folding_percent(displacement: torch.Tensor) -> torch.Tensor:
     """Share of voxels where the map folds, that is, where its Jacobian determinant is not positive.
 

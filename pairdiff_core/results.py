@@ -85,10 +85,10 @@ def _splits(run: Run) -> list[tuple[str, PairSet]]:
 
 
 def summarise(measured: dict[str, Any]) -> dict[str, float | None]:
-    """The handful of numbers that the text quotes; registration by the network trained on synthetic pairs alone."""
+    """The handful of numbers that the text quotes; regularity is that of the network trained on synthetic pairs."""
     rows = {row["method"]: row for row in measured["registration"]}
     gain = {name: rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic")}
-    return {
+    summary = {
         "vqae_dice": measured["vqae"]["test"]["dice"],
         "codes_used": measured["vqae"]["train"]["codes_used"],
         "bits_per_token": measured["denoiser"]["test"]["bits_per_token"],
@@ -101,16 +101,24 @@ def summarise(measured: dict[str, Any]) -> dict[str, float | None]:
         "folding_percent": rows["synthetic"]["folding_percent"],
         "inverse_error_px": rows["synthetic"]["inverse_error_px"],
     }
+    if "tre_mm" in rows["before"]:
+        summary |= {f"tre_{name}": rows[name]["tre_mm"] for name in ("before", "baseline")}
+        networks = {"real": "real", "augmented": "real, warped", "synthetic": "synthetic"}
+        for name, row in networks.items():
+            summary[f"tre_network_{name}"] = rows[row]["tre_mm"]
+            summary[f"tre_network_{name}_instance"] = rows[f"{row} + instance"]["tre_mm"]
+        summary["inverse_error_voxel"] = rows["synthetic"]["inverse_error_px"]
+        summary["seconds_per_pair"] = rows["synthetic + instance"]["seconds_per_pair"]
+    return summary
 
 
 def compare_methods(run: Run, pairs: PairSet, networks: dict[str, Stage]) -> list[dict[str, Any]]:
-    """One row a method: before, the no-training baseline (at the networks' resolution, and with one more level at
-    full size), and each network without and with instance optimisation."""
+    """One row a method: before, the no-training baseline (where its last level is coarser than the images, also with
+    one more at full size), and each network without and with instance optimisation."""
     rows = [{"method": "before", **score(pairs)}]
-    methods = {
-        "baseline": partial(pipeline.register_pairs, run, pairs),
-        "baseline, full size": partial(pipeline.register_pairs, run, pairs, full_size=True),
-    }
+    methods = {"baseline": partial(pipeline.register_pairs, run, pairs)}
+    if run.profile.registration.baseline[-1].scale > 1:
+        methods["baseline, full size"] = partial(pipeline.register_pairs, run, pairs, full_size=True)
     for name, stage in networks.items():
         methods[name] = partial(pipeline.register_pairs, run, pairs, stage)
         methods[f"{name} + instance"] = partial(pipeline.register_pairs, run, pairs, stage, instance=True)
@@ -128,26 +136,40 @@ def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, A
     Returns:
         ``dice`` (mean over pairs of the mean over structures), ``dice_per_pair``, ``dice_per_structure``; of a
         deformation also ``folding_percent``, ``log_jacobian_sd`` and ``inverse_error_px`` (means over pairs); where
-        landmarks are known, ``tre_mm`` (mean over pairs of the mean over landmarks).
+        landmarks are known, ``tre_mm`` (mean over pairs of the mean over landmarks), ``tre_all`` over all landmarks of
+        all pairs, and ``cases``: name, errors and regularity of each pair, errors as
+        :func:`metrics.describe_errors` has them.
     """
     displacement = torch.zeros(len(pairs), pairs.spatial_dims, *pairs.spatial)
-    extra: dict[str, float] = {}
+    regular: dict[str, torch.Tensor] = {}
     if deformation is not None:
         displacement = deformation.displacement
-        extra = {
-            "folding_percent": float(metrics.folding_percent(displacement).mean()),
-            "log_jacobian_sd": float(metrics.log_jacobian_sd(displacement).mean()),
-            "inverse_error_px": float(metrics.inverse_consistency_error(*deformation).mean()),
+        regular = {
+            "folding_percent": metrics.folding_percent(displacement),
+            "log_jacobian_sd": metrics.log_jacobian_sd(displacement),
+            "inverse_error_px": metrics.inverse_consistency_error(*deformation),
         }
-    if pairs.landmarks is not None:
-        per_pair = [
-            metrics.target_registration_error(field, points, pairs.spacing).mean()
-            for field, points in zip(displacement, pairs.landmarks, strict=True)
-        ]
-        extra["tre_mm"] = float(torch.stack(per_pair).nanmean())  # a pair may have no landmarks
     dice = metrics.dice(warp_labels(pairs.moving, displacement), pairs.fixed, pairs.num_labels)
-    return {"dice": float(dice.nanmean(1).mean()), "dice_per_pair": dice.nanmean(1).tolist(),
-            "dice_per_structure": _per_structure(pairs, dice), **extra}  # fmt: skip
+    found = {"dice": float(dice.nanmean(1).mean()), "dice_per_pair": dice.nanmean(1).tolist(),
+             "dice_per_structure": _per_structure(pairs, dice)}  # fmt: skip
+    found |= {name: float(values.mean()) for name, values in regular.items()}
+    return found | _score_landmarks(pairs, displacement, regular)
+
+
+def _score_landmarks(
+    pairs: PairSet, displacement: torch.Tensor, regular: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """``tre_mm``, ``tre_all`` and ``cases`` of the pairs that have landmarks; empty if none has."""
+    cases, errors = [], []
+    for index, points in enumerate(pairs.landmarks or ()):
+        if len(points):
+            errors.append(metrics.target_registration_error(displacement[index], points, pairs.spacing))
+            measured = {name: float(values[index]) for name, values in regular.items()}
+            cases.append({"name": pairs.names[index], "tre": metrics.describe_errors(errors[-1]), **measured})
+    if not cases:
+        return {}
+    mean = sum(case["tre"]["mean"] for case in cases) / len(cases)
+    return {"tre_mm": mean, "tre_all": metrics.describe_errors(torch.cat(errors)), "cases": cases}
 
 
 def describe_vqae(run: Run, autoencoder: Stage, pairs: PairSet) -> dict[str, Any]:

@@ -343,3 +343,13 @@ def test_memorisation_audit_refuses_other_grids_and_empty_sets() -> None:
         metrics.memorisation_audit(blobs(2, 2, 0), blobs(2, 2, 1)[..., :4], blobs(2, 2, 2))
     with pytest.raises(ValueError, match="none may be empty"):
         metrics.memorisation_audit(blobs(2, 2, 0)[:0], blobs(2, 2, 1), blobs(2, 2, 2))
+
+
+def test_landmark_errors_are_described():
+    found = metrics.describe_errors(torch.tensor([4.0, 0.0, 1.0, 3.0, 2.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]))
+    assert found["mean"] == pytest.approx(5) == found["p50"] and found["landmarks"] == 11
+    assert (found["p25"], found["p75"], found["p95"]) == pytest.approx((2.5, 7.5, 9.5))
+    assert found["worst30"] == pytest.approx(9), "the mean of the three largest"
+    assert metrics.describe_errors(torch.tensor([2.0]))["worst30"] == 2
+    with pytest.raises(ValueError, match="no landmarks"):
+        metrics.describe_errors(torch.empty(0))

@@ -44,6 +44,8 @@ def test_the_summary_has_every_number_and_they_come_from_the_tables(measured):
     )
     assert summary["gain_synthetic_over_real"] == pytest.approx(gain)
     assert summary["vqae_dice"] == measured["vqae"]["test"]["dice"]
+    assert summary["tre_before"] == rows["before"]["tre_mm"]
+    assert summary["tre_network_augmented_instance"] == rows["real, warped + instance"]["tre_mm"]
 
 
 def test_every_network_stands_without_and_with_instance_optimisation(measured):
@@ -89,6 +91,16 @@ def test_scores_before_registration_and_of_a_perfect_one(run):
     after = results.score(pairs, truth)
     assert after["dice"] > before["dice"]
     assert after["tre_mm"] < 0.5 < before["tre_mm"], "the known displacement leads every landmark home"
+
+
+def test_every_case_has_its_landmark_errors(run):
+    pairs = run.test[:2]
+    still = Deformation(*(torch.zeros_like(pairs.displacement) for _ in range(2)))
+    found = results.score(pairs, still)
+    assert [case["name"] for case in found["cases"]] == list(pairs.names)
+    assert found["tre_mm"] == pytest.approx(sum(case["tre"]["mean"] for case in found["cases"]) / 2)
+    assert found["tre_all"]["landmarks"] == sum(len(points) for points in pairs.landmarks)
+    assert all(case["folding_percent"] == 0 == case["inverse_error_px"] for case in found["cases"])
 
 
 def test_scores_of_identical_images(run):
