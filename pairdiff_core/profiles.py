@@ -237,7 +237,7 @@ _PAPER_2D = Profile(
     ),
 )
 
-# The three-dimensional ones. There is no laptop yet.
+# The three-dimensional ones.
 _LUNG_LEVELS = ((8, 2, 0.3), (4, 2, 0.2), (2, 4, 0.2))  # scale, control, learning rate
 
 _QUICK_3D = Profile(
@@ -281,6 +281,60 @@ _QUICK_3D = Profile(
     ),
 )
 
+_LAPTOP_3D = Profile(
+    name="laptop",
+    spatial=(128, 104, 128),
+    num_labels=2,
+    max_pairs=97,
+    phantom_subjects=10,
+    vqae=VQAEProfile(
+        channels=(24, 64, 128, 128),
+        strides=(2, 2, 2, 1),
+        codes=512,
+        fade_in=0,
+        steps=3000,
+        batch=2,
+        learning_rate=4e-3,
+        augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24, coarser=4),
+        patches=Patches((64, 48, 64), cuts=8),
+        groups=8,
+        apart=True,
+    ),
+    diffusion=DiffusionProfile(
+        layers=4,
+        width=192,
+        heads=4,
+        feed_forward=384,
+        copies=24,
+        steps=2000,
+        batch=2,
+        learning_rate=1e-3,
+        average=0.99,
+        together=(2, 1, 2, 8),
+    ),
+    synthesis=SynthesisProfile(pairs=128, steps=64, temperature=0.9),
+    registration=RegistrationProfile(
+        channels=(
+            8,
+            16,
+            32,
+            64,
+            64,
+            16,
+        ),  # the last number is the width at the finest level, where nearly all time goes
+        scale=2,
+        squarings=5,
+        smoothness=0.05,
+        steps=600,
+        batch=1,
+        learning_rate=4e-3,
+        instance=Level(scale=1, control=4, steps=40, learning_rate=0.2),
+        baseline=tuple(Level(scale // 2, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
+        control=2,
+    ),
+    mixed_precision=("denoiser", "synthesis"),
+)
+
 _PAPER_3D = Profile(
     name="paper",
     spatial=(256, 208, 256),
@@ -309,7 +363,7 @@ _PAPER_3D = Profile(
 
 PROFILES = {
     2: {profile.name: profile for profile in (_QUICK_2D, _LAPTOP_2D, _PAPER_2D)},
-    3: {profile.name: profile for profile in (_QUICK_3D, _PAPER_3D)},
+    3: {profile.name: profile for profile in (_QUICK_3D, _LAPTOP_3D, _PAPER_3D)},
 }
 
 

@@ -28,8 +28,8 @@ from pairdiff_core.registration import Deformation
 from pairdiff_core.runs import Run, Stage, fingerprint
 from pairdiff_core.training import best_device
 
-SHOWN = 4  # pairs kept in the file as pictures
-COMPARED = 48  # pairs of each set whose displacements are compared
+SHOWN = {2: 4, 3: 1}  # pairs kept in the file as pictures, by dimensions
+COMPARED = 48  # at most so many pairs of each set have their displacements compared
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def measure(run: Run) -> dict[str, Any]:
         "synthetic": pipeline.train_registration(run, synthetic, "synthetic"),
         "synthetic, warped": pipeline.train_registration(run, synthetic, "synthetic-warped", warped=True),
     }
-    measuring = time.perf_counter()
+    measuring, shown = time.perf_counter(), SHOWN[run.train.spatial_dims]
     registration = compare_methods(run, run.test, networks)
     stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}
     measured = {
@@ -64,9 +64,9 @@ def measure(run: Run) -> dict[str, Any]:
         "synthetic": describe_synthetic(run, autoencoder, synthetic),
         "histories": {name: stage.history for name, stage in stages.items()},
         "pictures": {
-            "synthetic": pack_labels(synthetic.labels[:SHOWN]),
-            "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:SHOWN])),
-            "test": pack_labels(run.test.labels[:SHOWN]),
+            "synthetic": pack_labels(synthetic.labels[:shown]),
+            "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:shown])),
+            "test": pack_labels(run.test.labels[:shown]),
         },
         "stages": run.stages(),
     }
@@ -215,17 +215,18 @@ def describe_denoiser(run: Run, autoencoder: Stage, denoiser: Stage, pairs: Pair
 def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict[str, Any]:
     """Synthetic pairs beside the real training pairs, with held-out real pairs beside the same as the yardstick.
 
-    ``areas`` and ``displacements`` (found by the no-training baseline) compare sizes; ``quality`` has precision,
-    recall, density and coverage of single images, in the feature space of :func:`metrics.pair_features` with one
-    cell per 16 voxels; ``memorisation`` the audit against training pairs and images. Quality and audit see real
-    pairs after the autoencoder, as the synthetic ones are: otherwise its blur would pass for novelty. Quality is not
-    asked of pairs: thousands of real pairs are made of a few images, which puts their nearest neighbours so close
-    that nothing new, held-out real pairs included, is ever among them.
+    ``areas``, ``components`` (connected pieces) and ``displacements`` (by the no-training baseline) compare sizes;
+    ``quality`` has precision, recall, density and coverage of single images, in the feature space of
+    :func:`metrics.pair_features` with one cell per 16 voxels; ``memorisation`` the audit against training pairs and
+    images. Quality and audit see real pairs after the autoencoder, as the synthetic ones are: otherwise its blur would
+    pass for novelty. Quality is not asked of pairs: thousands of real pairs are made of a few images, which puts their
+    nearest neighbours so close that nothing new, held-out real pairs included, is ever among them.
     """
-    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:COMPARED].tolist()
+    compared = min(COMPARED, len(run.train), len(synthetic))
+    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:compared].tolist()
     displacement = {
         name: pipeline.register_pairs(run, pairs, batch=16).displacement
-        for name, pairs in (("real", run.train[some]), ("synthetic", synthetic[:COMPARED]))
+        for name, pairs in (("real", run.train[some]), ("synthetic", synthetic[:compared]))
     }
     seen = {name: _reconstruct(autoencoder, pairs.labels) for name, pairs in _splits(run)} | {
         "synthetic": synthetic.labels
@@ -236,6 +237,7 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
     return {
         "pairs": len(synthetic),
         "areas": metrics.compare_areas(run.train.labels, synthetic.labels, run.train.label_names),
+        "components": metrics.compare_components(_each_image(run.train), synthetic.labels),
         "displacements": metrics.compare_displacements(displacement["real"], displacement["synthetic"]),
         "quality": _quality(run, images),
         "memorisation": {
@@ -261,6 +263,11 @@ def _quality(run: Run, images: dict[str, torch.Tensor]) -> dict[str, Any]:
         )._asdict()
         for name in ("synthetic", "test")
     } | {"images": len(chosen["test"]), "neighbours": neighbours}
+
+
+def _each_image(pairs: PairSet) -> torch.Tensor:
+    """Each image once, uint8 (N, 1, *spatial)."""
+    return pairs.labels.flatten(0, 1)[_each_image_once(pairs)][:, None]
 
 
 def _each_image_once(pairs: PairSet) -> list[int]:

@@ -353,3 +353,26 @@ def test_landmark_errors_are_described():
     assert metrics.describe_errors(torch.tensor([2.0]))["worst30"] == 2
     with pytest.raises(ValueError, match="no landmarks"):
         metrics.describe_errors(torch.empty(0))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_connected_pieces_are_counted(dims):
+    """Real: one piece of 12 voxels. Synthetic: one of 6 and, apart from it, one of 2 that touch at a corner."""
+    real = torch.zeros(1, 2, *[8] * dims, dtype=torch.uint8)
+    synthetic = real.clone()
+    middle = (0,) * (dims - 2)
+    for image in range(2):
+        real[(0, image, *middle, slice(0, 2), slice(0, 6))] = 1
+        synthetic[(0, image, *middle, slice(0, 1), slice(0, 6))] = 1
+        synthetic[(0, image, *middle, 4, 4)] = synthetic[(0, image, *middle, 5, 5)] = 1
+    table = metrics.compare_components(real, synthetic)
+    assert table["real"]["number"] == 1 and table["real"]["largest"] == 1 and table["real"]["crumbs"] == 0
+    assert table["real"]["percentile_50"] == 12
+    assert table["synthetic"]["number"] == 2 and table["synthetic"]["largest"] == 0.75
+    assert table["synthetic"]["percentile_50"] == 4 and table["synthetic"]["crumbs"] == 1
+
+
+def test_pieces_of_an_empty_image():
+    empty = torch.zeros(1, 2, 4, 4, dtype=torch.uint8)
+    table = metrics.compare_components(empty, empty)
+    assert table["synthetic"]["number"] == 0 and math.isnan(table["synthetic"]["largest"])
