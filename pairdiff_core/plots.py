@@ -295,7 +295,9 @@ def _outlines(ax: Axes, image: np.ndarray, colour: str, linewidth: float = 0.9) 
 # ---- finished figures
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **gridspec: Any) -> tuple[Figure, np.ndarray]:
+def closed_figure(
+    rows: int, columns: int, size: tuple[float, float], **gridspec: Any
+) -> tuple[Figure, np.ndarray]:
     """A figure of ``size`` inches that pyplot has closed, and its Axes (rows, columns)."""
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **gridspec)
     plt.close(figure)  # pyplot would show it a second time at the end of the cell
@@ -317,10 +319,10 @@ def _structure_legend(figure: Figure, pairs: PairSet, labels: torch.Tensor) -> N
         Patch(facecolor=colour, edgecolor="#888888", linewidth=0.5, label=name.replace("-", " "))
         for name, colour in present.items()
     ]
-    _legend_below(figure, handles, columns=int(figure.get_figwidth() / 1.9))
+    legend_below(figure, handles, columns=int(figure.get_figwidth() / 1.9))
 
 
-def _legend_below(figure: Figure, handles: Sequence[Any], columns: int) -> None:
+def legend_below(figure: Figure, handles: Sequence[Any], columns: int) -> None:
     """A legend below everything, for which the figure grows."""
     if handles:
         columns = max(1, min(columns, len(handles)))
@@ -333,7 +335,7 @@ def _legend_below(figure: Figure, handles: Sequence[Any], columns: int) -> None:
 def pair_figure(pairs: PairSet, index: int = 0) -> Figure:
     """One pair: the fixed image, the moving image, and their outlines over each other."""
     one = pairs[index]
-    figure, axes = _figure(1, 3, _image_size(1, 3, pairs))
+    figure, axes = closed_figure(1, 3, _image_size(1, 3, pairs))
     show_labels(axes[0, 0], one.fixed[0], pairs, "fixed", FIXED, marks=True)
     show_labels(axes[0, 1], one.moving[0], pairs, "moving", MOVING)
     show_overlap(axes[0, 2], one.fixed[0], one.moving[0], pairs, "outlines of both")
@@ -354,7 +356,7 @@ def pairs_figure(sets: PairSet | Mapping[str, PairSet], number: int = 3) -> Figu
     first = next(iter(named.values()))
     number = min(number, *(len(pairs) for pairs in named.values()))
     ratios = [1, 1, 0.06] * number  # a gap after each pair
-    figure, axes = _figure(
+    figure, axes = closed_figure(
         len(named), 3 * number, _image_size(len(named), 2 * number, first, title=0.1), width_ratios=ratios
     )
     for row, (name, pairs) in enumerate(named.items()):
@@ -377,7 +379,7 @@ def registration_figure(pairs: PairSet, displacement: torch.Tensor, index: int =
     """
     one, u = pairs[index], displacement[index].detach().cpu().float()
     warped = fields.warp_labels(one.moving, u[None])[0]
-    figure, axes = _figure(2, 3, _image_size(2, 3, pairs))
+    figure, axes = closed_figure(2, 3, _image_size(2, 3, pairs))
     show_labels(axes[0, 0], one.fixed[0], pairs, "fixed", FIXED, marks=True)
     show_labels(axes[0, 1], one.moving[0], pairs, "moving", MOVING)
     show_labels(axes[0, 2], warped, pairs, "moving, warped", MOVING)
@@ -397,7 +399,7 @@ def training_curve(history: Sequence[Mapping[str, float]], title: str = "") -> F
     names = [name for name in history[0] if name != "step"]
     columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
     rows = math.ceil(len(names) / columns)
-    figure, axes = _figure(rows, columns, (max(4.5, 3.0 * columns), 2.3 * rows + 0.3))
+    figure, axes = closed_figure(rows, columns, (max(4.5, 3.0 * columns), 2.3 * rows + 0.3))
     steps = [entry["step"] for entry in history]
     for ax, name in zip(axes.flat, names, strict=False):
         values = np.array([entry.get(name, np.nan) for entry in history])
@@ -422,7 +424,7 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
     """
     structures = list(dict.fromkeys(structure_of(name) for name in label_names[1:]))
     members = [[i for i, n in enumerate(label_names[1:]) if structure_of(n) == name] for name in structures]
-    figure, axes = _figure(1, 1, (7.5, 0.3 * len(structures) + 1.1))
+    figure, axes = closed_figure(1, 1, (7.5, 0.3 * len(structures) + 1.1))
     ax = axes[0, 0]
     for (method, values), (colour, marker) in zip(table.items(), cycle(METHODS)):  # noqa: B905, one is endless
         dice = values.detach().cpu().double().reshape(-1, len(label_names) - 1)
@@ -436,7 +438,7 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
     ax.grid()
     ax.tick_params(length=0, pad=8)
     ax.spines[:].set_visible(False)
-    _legend_below(figure, ax.get_legend_handles_labels()[0], columns=len(table))
+    legend_below(figure, ax.get_legend_handles_labels()[0], columns=len(table))
     return figure
 
 
@@ -448,7 +450,7 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: the table of ``metrics.compare_areas``; a structure that no real image has is left empty.
     """
-    figure, axes = _figure(1, 1, (7.5, 0.28 * len(rows) + 0.9))
+    figure, axes = closed_figure(1, 1, (7.5, 0.28 * len(rows) + 0.9))
     ax = axes[0, 0]
     whole = np.array([row["real_mean"] or np.nan for row in rows]) / 100
     for kind, (colour, marker), shift in (("real", METHODS[2], -0.15), ("synthetic", METHODS[3], 0.15)):
@@ -463,7 +465,7 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ax.set_yticks(range(len(rows)), [str(row["structure"]).replace("-", " ") for row in rows])
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
-    _legend_below(figure, ax.get_legend_handles_labels()[0], columns=2)
+    legend_below(figure, ax.get_legend_handles_labels()[0], columns=2)
     return figure
 
 
@@ -475,7 +477,7 @@ def codebook_figure(counts: torch.Tensor) -> Figure:
     """
     share = 100 * counts.sort(descending=True).values.double().cpu().numpy() / max(1, int(counts.sum()))
     used = int((counts > 0).sum())
-    figure, axes = _figure(1, 1, (7.5, 2.8))
+    figure, axes = closed_figure(1, 1, (7.5, 2.8))
     ax = axes[0, 0]
     ax.fill_between(np.arange(len(share)) + 0.5, share, step="mid", color=GREEN)
     ax.axhline(
@@ -495,7 +497,7 @@ def memorisation_figure(
     Args:
         distances, held_out_distances, threshold: fields of ``metrics.memorisation_audit(...)``, 0 to 1.
     """
-    figure, axes = _figure(1, 1, (7.5, 3.0))
+    figure, axes = closed_figure(1, 1, (7.5, 3.0))
     ax = axes[0, 0]
     both = torch.cat([distances, held_out_distances]).cpu()
     bins = np.linspace(0, max(0.1, 1.02 * float(both.max())), 50)
@@ -535,7 +537,7 @@ def unmasking_animation(
     else:  # the tokens fill the same field of view as the images
         size = _image_size(1, 3, pairs)
         aspect = _aspect(pairs) * pairs.spatial[1] / grid[1] / (pairs.spatial[0] / grid[0])
-    figure, axes = _figure(1, 1 if pairs is None else 3, size)
+    figure, axes = closed_figure(1, 1 if pairs is None else 3, size)
     covers = []
     if pairs is not None:
         for ax, image, title, colour in (
@@ -558,7 +560,7 @@ def unmasking_animation(
         for cover in covers:
             cover.set_alpha(masked.T.astype(float))
 
-    return _player(figure, draw, len(shown), "Tokens are revealed one after the other until none is masked.")
+    return player(figure, draw, len(shown), "Tokens are revealed one after the other until none is masked.")
 
 
 def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> HTML:
@@ -569,12 +571,12 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
     """
     one, u = pairs[index], displacement[index].detach().cpu().float()
     times = np.linspace(0, 1, 11)
-    figure, axes = _figure(1, 2, _image_size(1, 2, pairs))
+    figure, axes = closed_figure(1, 2, _image_size(1, 2, pairs))
     outlines = [
         Line2D([], [], color=FIXED, label="fixed"),
         Line2D([], [], color=MOVING, label="moving, warped"),
     ]
-    _legend_below(figure, outlines, columns=2)
+    legend_below(figure, outlines, columns=2)
 
     def draw(frame: int) -> None:
         t = float(times[frame])
@@ -584,7 +586,7 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
         show_labels(axes[0, 0], warped, pairs, f"moving, warped: t = {t:.1f}", MOVING, marks=True)
         show_overlap(axes[0, 1], one.fixed[0], warped, pairs, "outlines")
 
-    return _player(figure, draw, len(times), "The moving image is warped onto the fixed one.", mode="reflect")
+    return player(figure, draw, len(times), "The moving image is warped onto the fixed one.", mode="reflect")
 
 
 SYMBOLS = {
@@ -600,7 +602,7 @@ SYMBOLS = {
 }
 
 
-def _player(figure: Figure, draw: Callable[[int], None], frames: int, alt: str, mode: str = "once") -> HTML:
+def player(figure: Figure, draw: Callable[[int], None], frames: int, alt: str, mode: str = "once") -> HTML:
     """The frames as a JavaScript player that needs nothing from elsewhere: no icon font, a small palette."""
     animation = FuncAnimation(figure, lambda frame: draw(frame) or [], frames=frames, interval=250)
     with plt.rc_context({"savefig.dpi": FRAME_DPI}):
