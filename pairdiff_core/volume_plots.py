@@ -18,6 +18,7 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 import ipywidgets
+import matplotlib
 import numpy as np
 import torch
 from IPython.display import HTML
@@ -49,10 +50,11 @@ BOTH = LINES  # where fixed and moving agree on a vessel
 CLASSES = np.array([to_rgb(colour) for colour in ("white", FIXED, MOVING, BOTH)])
 TOGETHER_MM = 2.0  # apart in depth, two vessels in a projection are drawn as one
 FAR = 0.35  # strength of the colour of what lies farthest from you in a projection; the nearest has 1
-LENGTHS = "viridis_r"  # colours of lengths in millimetres
+SHADES = 6  # steps of that strength in a picture: files get half as large, and looks stay
+LENGTHS = matplotlib.colormaps["viridis_r"].resampled(16)  # colours of lengths in millimetres
 ARROWS = 250  # at most, in one picture
 BLENDS = 5  # steps from fixed to warped in the widget
-WIDGET_SLICES = 16
+WIDGET_SLICES = 12
 WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels a voxel
 
 
@@ -162,6 +164,7 @@ def show_projection(
         slab_mm: see :func:`project`.
     """
     classes, strength = project(fixed, moving, plane, pairs.spacing, slab_mm)
+    strength = np.ceil(SHADES * strength) / SHADES
     picture = 1 - strength[..., None] * (1 - CLASSES[classes])  # (across, along, RGB)
     _draw(ax, picture, pairs, plane, title, colour)
 
