@@ -494,11 +494,15 @@ def _size(pairs: PairSet, rows: Sequence[Sequence[str]], title: float = 0.35) ->
 
 
 def slices_with_vessels(pairs: PairSet, index: int, plane: str, number: int) -> list[int]:
-    """At most ``number`` positions, evenly spread from the first slice of a pair with a vessel to the last one."""
+    """At most ``number`` positions, evenly spread from the first slice of a pair to show vessels to the last one.
+
+    A slice with less than a twentieth of what the fullest one has does not count: the first picture would look empty.
+    """
     depth = PLANES[plane].depth
     others = [axis for axis in range(3) if axis != depth]
-    there = np.flatnonzero((pairs.labels[index].numpy() > 0).any(0).any(tuple(others)))
-    if not len(there):
+    filled = (pairs.labels[index].numpy() > 0).any(0).sum(tuple(others))
+    there = np.flatnonzero(filled >= 0.05 * filled.max())
+    if not filled.any():
         return [pairs.spatial[depth] // 2]
     low, high = int(there[0]), int(there[-1])
     return np.unique(np.linspace(low, high, min(number, high - low + 1)).round().astype(int)).tolist()
@@ -515,9 +519,9 @@ def slices_animation(
         displacement: float (3, H, W, D) of that pair, voxels, fixed to moving; None shows the pair as it is only.
     """
     one = pairs[index]
-    panels = {"before": one.moving[0]}
+    panels = {"": one.moving[0]}
     if displacement is not None:
-        panels["after"] = _warped(one, displacement)
+        panels = {"before": one.moving[0], "after": _warped(one, displacement)}
     places = slices_with_vessels(pairs, index, plane, FRAMES)
     figure, axes = closed_figure(1, len(panels), _size(pairs, [[plane] * len(panels)]))
     figure.set_figheight(figure.get_figheight() + 0.3)

@@ -316,6 +316,9 @@ def test_slices_are_those_with_vessels() -> None:
     pairs = volumes()
     assert volume_plots.slices_with_vessels(pairs, 0, "coronal", 99) == [3, 4, 5, 6, 7, 8]
     assert volume_plots.slices_with_vessels(pairs, 0, "coronal", 3) == [3, 6, 8]
+    speck = pairs.labels.clone()
+    speck[0, :, 0, 0, 0], speck[0, :, :, 5] = 1, 1  # the first is less than a twentieth of the second
+    assert volume_plots.slices_with_vessels(replace(pairs, labels=speck), 0, "coronal", 99)[0] > 0
     empty = replace(pairs, labels=torch.zeros_like(pairs.labels))
     assert volume_plots.slices_with_vessels(empty, 0, "axial", 3) == [8]
 
