@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from monai.networks.blocks.segresnet_block import ResBlock
 from torch import nn
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 (N, L), some masked -> logits float (N, L, K)
@@ -34,6 +35,9 @@ class Denoiser(nn.Module):
         together: tokens along each axis of the grid that share one place in the transformer; without it, each has its
             own. Their embeddings are added up there, each is masked and predicted by itself, and the cost falls with
             the number of places.
+        convolutions: residual blocks of two convolutions over the grid of places, before the transformer's layers, of
+            which there may then be none. A transformer has to find out what neighbours mean at each place anew; a
+            convolution learns it once for all places, and ten volumes are enough to learn from.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Denoiser(nn.Module):
         heads: int,
         feed_forward: int,
         together: Sequence[int] | None = None,
+        convolutions: int = 0,
     ) -> None:
         super().__init__()
         together = together or [1] * len(grid)
@@ -54,13 +59,22 @@ class Denoiser(nn.Module):
         places = [size // share for size, share in zip(grid, together, strict=True)]
         self.register_buffer("order", _by_place(grid, together), persistent=False)
         self.token = nn.Embedding(self.sharing * (codes + 1), width)
-        self.position = nn.Parameter(place_code([size for size in places if size > 1], width) / 2)
+        self.places = [size for size in places if size > 1]
+        self.position = nn.Parameter(place_code(self.places, width) / 2)
+        self.convolutions = nn.Sequential(
+            *(
+                ResBlock(len(self.places), width, ("group", {"num_groups": 8}), act="gelu")
+                for _ in range(convolutions)
+            )
+        )
+        for block in self.convolutions:  # start as the identity
+            nn.init.zeros_(block.conv2.conv.weight)
         layer = nn.TransformerEncoderLayer(
             width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.blocks = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
-        )
+        self.blocks: nn.Module = nn.LayerNorm(width)
+        if layers:
+            self.blocks = nn.TransformerEncoder(layer, layers, norm=self.blocks, enable_nested_tensor=False)
         self.head = nn.Linear(width, self.sharing * codes, bias=False)
         nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the places
 
@@ -77,6 +91,11 @@ class Denoiser(nn.Module):
         )  # rows of each one's token 0
         blocks = tokens[:, self.order].unflatten(1, (-1, self.sharing))  # (N, L) -> (N, places, sharing)
         places = self.token(blocks + first).sum(2) + self.position  # (N, places, width)
+        if len(self.convolutions):
+            image = places.movedim(1, 2).unflatten(
+                2, self.places
+            )  # (N, places, width) -> (N, width, *places)
+            places = self.convolutions(image).flatten(2).movedim(1, 2)
         logits = self.head(self.blocks(places)).reshape(*tokens.shape, self.codes)  # by place
         return logits[:, self.order.argsort()]
 

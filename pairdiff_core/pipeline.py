@@ -97,6 +97,7 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
             numbers.heads,
             numbers.feed_forward,
             numbers.together,
+            numbers.convolutions or 0,
         )
 
     def loss(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -61,6 +61,7 @@ class DiffusionProfile:
     learning_rate: float  # published: 1e-4
     average: float  # decay of the moving average of the weights, a step
     together: tuple[int, ...] | None = None  # tokens that share one place, along each axis (published: none)
+    convolutions: int | None = None  # residual blocks before the transformer's layers (published: none)
 
 
 @dataclass(frozen=True)
@@ -248,37 +249,42 @@ _QUICK_3D = Profile(
     phantom_subjects=12,
     vqae=VQAEProfile(
         channels=(16, 32, 64),
-        strides=(2, 2, (2, 1, 2)),  # 52 is no multiple of 8
+        strides=(2, 2, 1),
         codes=256,
-        fade_in=100,
-        steps=150,
+        fade_in=0,
+        steps=200,
         batch=2,
         learning_rate=4e-3,
-        augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12),
+        augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12, coarser=2),
+        patches=Patches((32, 36, 32), cuts=8),
+        groups=8,
+        apart=True,
     ),
     diffusion=DiffusionProfile(
         layers=2,
-        width=64,
+        width=96,
         heads=4,
-        feed_forward=128,
+        feed_forward=192,
         copies=4,
-        steps=200,
-        batch=4,
-        learning_rate=2e-3,
-        average=0.99,
+        steps=100,
+        batch=2,
+        learning_rate=3e-3,
+        average=0.9,
+        together=(4, 1, 4, 8),
     ),
-    synthesis=SynthesisProfile(pairs=16, steps=32, temperature=0.9),
+    synthesis=SynthesisProfile(pairs=12, steps=24, temperature=0.9),
     registration=RegistrationProfile(
-        channels=(8, 16, 32, 32, 32, 16),
+        channels=(8, 16, 32, 32, 32, 8),
         scale=2,
         squarings=5,
         smoothness=0.05,
         steps=60,
         batch=2,
         learning_rate=4e-3,
-        instance=Level(scale=2, control=2, steps=20, learning_rate=0.1),
+        instance=Level(scale=1, control=4, steps=20, learning_rate=0.2),
         baseline=tuple(Level(max(1, scale // 4), control, 20, rate) for scale, control, rate in _LUNG_LEVELS),
     ),
+    mixed_precision=("denoiser", "synthesis"),
 )
 
 _LAPTOP_3D = Profile(

@@ -218,3 +218,30 @@ def test_a_place_of_its_own_for_each_token_is_the_plain_denoiser():
 def test_a_grid_that_blocks_do_not_fill_is_refused():
     with pytest.raises(ValueError, match=r"a grid of \(3, 4\) tokens cannot be cut into blocks of \(2, 2\)"):
         absorbing.Denoiser(5, (3, 4), 1, 16, 2, 16, (2, 2))
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_convolutions_see_neighbours_and_nothing_else_before_the_transformer(layers):
+    torch.manual_seed(0)
+    model = absorbing.Denoiser(5, (9, 8, 2), layers, 16, 2, 16, (1, 1, 2), convolutions=1).eval()
+    with torch.no_grad():
+        model.convolutions[0].norm1 = model.convolutions[0].norm2 = torch.nn.Identity()  # they see everything
+        model.convolutions[0].conv2.conv.weight.normal_()
+    tokens = torch.zeros(1, 144, dtype=torch.long)
+    changed = tokens.clone()
+    changed[0, torch.arange(144).reshape(9, 8, 2)[4, 4, 1]] = 3
+    difference = (model(tokens) != model(changed)).any(-1).reshape(9, 8, 2).any(-1)
+    rows, columns = difference.nonzero().T
+    if layers:
+        assert difference.all()
+    else:
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 6, 2, 6)  # two convolutions of 3 x 3
+
+
+def test_convolutions_start_as_the_identity():
+    torch.manual_seed(0)
+    with_blocks = absorbing.Denoiser(5, (4, 4), 1, 16, 2, 16, convolutions=2)
+    without = absorbing.Denoiser(5, (4, 4), 1, 16, 2, 16)
+    without.load_state_dict({k: v for k, v in with_blocks.state_dict().items() if "convolutions" not in k})
+    tokens = torch.randint(0, 6, (2, 16))
+    torch.testing.assert_close(with_blocks(tokens), without(tokens))
