@@ -34,7 +34,6 @@ from pairdiff_core import fields
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.plots import (
     FIXED,
-    FRAMES,
     GREY,
     LINES,
     METHODS,
@@ -54,6 +53,7 @@ SHADES = 6  # steps of that strength in a picture: files get half as large, and 
 LENGTHS = matplotlib.colormaps["viridis_r"].resampled(16)  # colours of lengths in millimetres
 ARROWS = 250  # at most, in one picture
 BLENDS = 5  # steps from fixed to warped in the widget
+PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB
 WIDGET_SLICES = 12
 WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels a voxel
 
@@ -522,7 +522,7 @@ def slices_animation(
     panels = {"": one.moving[0]}
     if displacement is not None:
         panels = {"before": one.moving[0], "after": _warped(one, displacement)}
-    places = slices_with_vessels(pairs, index, plane, FRAMES)
+    places = slices_with_vessels(pairs, index, plane, PLAYER_SLICES)
     figure, axes = closed_figure(1, len(panels), _size(pairs, [[plane] * len(panels)]))
     figure.set_figheight(figure.get_figheight() + 0.3)
     legend_below(figure, _classes_legend("moving" if displacement is None else "moving or warped"), columns=3)
