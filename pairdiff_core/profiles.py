@@ -317,7 +317,7 @@ _LAPTOP_3D = Profile(
         learning_rate=1e-3,
         average=0.99,
         together=(1, 1, 1, 8),
-        convolutions=5,  # equal time, held-out pairs: 2.65 bits a token, 2.79 by four transformer layers
+        convolutions=5,  # 500 steps: 2.65 bits a token on held-out pairs; four transformer layers, 1000 steps: 2.79
     ),
     synthesis=SynthesisProfile(pairs=128, steps=64, temperature=0.9),
     registration=RegistrationProfile(
