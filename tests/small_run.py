@@ -55,7 +55,9 @@ def small_run_3d(folder, seed=0):
             steps=6,
             patches=Patches((32, 32, 32), cuts=3),
         ),
-        diffusion=replace(quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=4),
+        diffusion=replace(
+            quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=4, convolutions=1
+        ),
         synthesis=replace(quick.synthesis, pairs=4, steps=4),
         registration=replace(
             quick.registration,

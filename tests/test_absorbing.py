@@ -235,7 +235,12 @@ def test_convolutions_see_neighbours_and_nothing_else_before_the_transformer(lay
     if layers:
         assert difference.all()
     else:
-        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 6, 2, 6)  # two convolutions of 3 x 3
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (
+            2,
+            6,
+            2,
+            6,
+        )  # two convolutions of 3 x 3
 
 
 def test_convolutions_start_as_the_identity():

@@ -113,7 +113,7 @@ def test_volumes_take_the_same_path(tmp_path):
     """Lungs in 3D: every stage, the network and the baseline, without another line of code."""
     run = small_run_3d(tmp_path)
     _, tokens, _, new_tokens, synthetic, network = all_stages(run)
-    assert tokens.shape[1:] == new_tokens.shape[1:] == (8, 13, 8), "52 voxels are cut by 4, 64 by 8"
+    assert tokens.shape[1:] == new_tokens.shape[1:] == (16, 13, 16, 8), "a quarter, 8 tokens a place"
     assert (
         synthetic.labels.shape == (4, 2, 64, 52, 64) and synthetic.spacing == run.train.spacing == (4.0,) * 3
     )
