@@ -7,35 +7,69 @@ settings, data or earlier stages is refused, never mixed in.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from pairdiff_core import absorbing, metrics, registration, training, vqae
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Augmentation
+from pairdiff_core.profiles import Augmentation, Profile
 from pairdiff_core.registration import Deformation, TwoStepNetwork
 from pairdiff_core.runs import Run, Stage, fingerprint, load_or_make, load_or_train
 
 AS_THEY_ARE = Augmentation(affine=0.0, common=0.0, own=0.0, smoothness=1.0)
 
 
+def new_vqae(profile: Profile) -> vqae.PairedVQAE:
+    """The untrained autoencoder at the sizes of a profile."""
+    numbers = profile.vqae
+    return vqae.PairedVQAE(
+        len(profile.spatial),
+        profile.num_labels,
+        numbers.channels,
+        numbers.strides,
+        numbers.codes,
+        numbers.fade_in,
+        numbers.groups or 1,
+        bool(numbers.apart),
+    )
+
+
+def new_denoiser(profile: Profile) -> absorbing.Denoiser:
+    """The untrained denoiser for the tokens of that autoencoder."""
+    numbers = profile.diffusion
+    with torch.device("meta"):  # only its sizes are asked
+        grid = new_vqae(profile).token_grid(profile.spatial)
+    return absorbing.Denoiser(
+        profile.vqae.codes,
+        grid,
+        numbers.layers,
+        numbers.width,
+        numbers.heads,
+        numbers.feed_forward,
+        numbers.together,
+        numbers.convolutions or 0,
+    )
+
+
+def new_registration(profile: Profile) -> TwoStepNetwork:
+    """The untrained registration network at the sizes of a profile."""
+    numbers = profile.registration
+    return TwoStepNetwork(
+        len(profile.spatial),
+        profile.num_labels - 1,
+        numbers.channels,
+        numbers.scale,
+        numbers.squarings,
+        numbers.control or 1,
+    )
+
+
 def train_vqae(run: Run) -> Stage:
     """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook."""
     numbers, pairs = run.profile.vqae, run.train
     criterion = vqae.VQAELoss(pairs.num_labels).to(training.best_device())
-
-    def make() -> vqae.PairedVQAE:
-        return vqae.PairedVQAE(
-            pairs.spatial_dims,
-            pairs.num_labels,
-            numbers.channels,
-            numbers.strides,
-            numbers.codes,
-            numbers.fade_in,
-            numbers.groups or 1,
-            bool(numbers.apart),
-        )
 
     def loss(model: nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         output = model(labels)
@@ -63,7 +97,7 @@ def train_vqae(run: Run) -> Stage:
         )
 
     config = {"numbers": asdict(numbers), "training pairs": fingerprint(pairs.labels)}
-    return load_or_train(run, "vqae", config, make, fit)
+    return load_or_train(run, "vqae", config, partial(new_vqae, run.profile), fit)
 
 
 def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:
@@ -88,18 +122,6 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
     sequences = tokens.flatten(1).long()  # (N, *grid) -> (N, L)
     masks = run.generator("masks", training.best_device())
 
-    def make() -> absorbing.Denoiser:
-        return absorbing.Denoiser(
-            codes,
-            tokens.shape[1:],
-            numbers.layers,
-            numbers.width,
-            numbers.heads,
-            numbers.feed_forward,
-            numbers.together,
-            numbers.convolutions or 0,
-        )
-
     def loss(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": absorbing.reweighted_loss(model, batch, codes, masks)}
 
@@ -117,9 +139,8 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
             description="denoiser",
         )
 
-    return load_or_train(
-        run, "denoiser", {"numbers": asdict(numbers), "tokens": fingerprint(tokens)}, make, fit
-    )
+    config = {"numbers": asdict(numbers), "tokens": fingerprint(tokens)}
+    return load_or_train(run, "denoiser", config, partial(new_denoiser, run.profile), fit)
 
 
 def synthesise(run: Run, autoencoder: Stage, denoiser: Stage) -> torch.Tensor:
@@ -169,16 +190,6 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
     """
     numbers = run.profile.registration
 
-    def make() -> TwoStepNetwork:
-        return TwoStepNetwork(
-            pairs.spatial_dims,
-            pairs.num_labels - 1,
-            numbers.channels,
-            numbers.scale,
-            numbers.squarings,
-            numbers.control or 1,
-        )
-
     def loss(model: nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         fixed, moving = (registration.label_maps(image, pairs.num_labels) for image in labels.unbind(1))
         terms = registration.registration_loss(
@@ -205,7 +216,7 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
         )
 
     config = {"numbers": asdict(numbers), "pairs": fingerprint(pairs.labels), "warped": warped}
-    return load_or_train(run, f"registration-{name}", config, make, fit)
+    return load_or_train(run, f"registration-{name}", config, partial(new_registration, run.profile), fit)
 
 
 def register_pairs(

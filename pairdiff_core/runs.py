@@ -50,6 +50,22 @@ class Run:
         )
         return Path(self.folder or default)
 
+    def provided(self, name: str) -> Path | None:
+        """The file of that stage in the provided models that PAIRDIFF_MODELS names, if it has one for this run.
+
+        Raises:
+            CheckpointError: if PAIRDIFF_MODELS names no folder.
+        """
+        folder = os.environ.get("PAIRDIFF_MODELS")
+        if not folder:
+            return None
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"PAIRDIFF_MODELS is {folder!r}, which is no folder. Name the project's folder models, or unset it."
+            )
+        path = Path(folder) / f"{self.dataset}-{self.profile.name}" / f"{name}.safetensors"
+        return path if path.exists() else None
+
     @cached_property
     def train(self) -> PairSet:
         """Pairs of the training subjects."""
@@ -103,7 +119,10 @@ def load_or_train(
     make: Callable[[], nn.Module],
     fit: Callable[[nn.Module], History],
 ) -> Stage:
-    """The model of the checkpoint ``name`` in the run folder; trained and saved there if there is none.
+    """The model of the checkpoint ``name`` in the run folder, or else the provided one (:meth:`Run.provided`).
+
+    If there is neither, it is trained and saved there. A provided model may come from other data than the run's, so
+    that a line is printed which says so.
 
     Args:
         config: everything that the result depends on, JSON-able. A checkpoint made with another is refused.
@@ -114,12 +133,16 @@ def load_or_train(
         CheckpointError: if the checkpoint is damaged or was made with another config; it stays as it is.
     """
     path, config = run.path / f"{name}.safetensors", _complete(run, name, config)
+    given = run.provided(name)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed_of(name))
         model = make()
         if path.exists():
             metadata = load_into(model, path)
             _check_config(path, metadata, config)
+        elif given is not None:
+            metadata = load_into(model, given)
+            print(f"{name}: not trained here but taken from {given}")
         else:
             started = time.perf_counter()
             history = fit(model)
