@@ -71,6 +71,9 @@ class SynthesisProfile:
     pairs: int  # published: 256
     steps: int  # network passes (published: 256)
     temperature: float  # published: 0.9
+    keep: float | None = (
+        None  # share of the places of a real pair that completed pairs keep (published: none made)
+    )
 
 
 class Level(NamedTuple):
