@@ -229,6 +229,14 @@ def reveal(
         yield tokens.clone()
 
 
+def mask_places(
+    tokens: torch.Tensor, keep: float, together: int, mask_token: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Tokens (N, L) with MASK at random places; each run of ``together`` tokens is kept whole with chance ``keep``."""
+    chance = torch.rand((len(tokens), tokens.shape[1] // together), generator=generator, device=tokens.device)
+    return tokens.masked_fill((chance >= keep).repeat_interleave(together, 1), mask_token)
+
+
 def sample(
     predict: Predict,
     number: int,

@@ -143,26 +143,37 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
     return load_or_train(run, "denoiser", config, partial(new_denoiser, run.profile), fit)
 
 
-def synthesise(run: Run, autoencoder: Stage, denoiser: Stage) -> torch.Tensor:
-    """Stage 4: tokens int16 (N, *grid) of new pairs. The tokens *are* the set; :func:`decode_pairs` shows it."""
+def synthesise(
+    run: Run, autoencoder: Stage, denoiser: Stage, known: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Stage 4: tokens int16 (N, *grid) of new pairs. The tokens *are* the set; :func:`decode_pairs` shows it.
+
+    Args:
+        known: tokens (M, *grid) of real pairs. Each new pair then is a random one of them, of which the profile's share
+            of places is kept and the rest made anew; without them, all is made from nothing.
+    """
     numbers, device = run.profile.synthesis, training.best_device()
-    grid = autoencoder.model.token_grid(run.train.spatial)
+    grid, model = autoencoder.model.token_grid(run.train.spatial), denoiser.model
+    stage = "synthesis" if known is None else "synthesis-completed"
+
+    def first(count: int, generator: torch.Generator) -> torch.Tensor:
+        if known is None:
+            return torch.full((count, model.length), model.mask_token, device=device)
+        chosen = torch.randint(len(known), (count,), generator=generator, device=device).cpu()
+        tokens = known[chosen].flatten(1).long().to(device)
+        return absorbing.mask_places(
+            tokens, numbers.keep or 0.0, run.profile.vqae.groups or 1, model.mask_token, generator
+        )
 
     def make() -> torch.Tensor:
-        generator = run.generator("synthesis", device)
+        generator, drawn = run.generator(stage, device), []
         with run.fabric("synthesis").autocast():
-            drawn = [
-                absorbing.sample(
-                    denoiser.model,
-                    min(32, numbers.pairs - start),
-                    denoiser.model.length,
-                    denoiser.model.mask_token,
-                    generator,
-                    numbers.steps,
-                    numbers.temperature,
+            for start in range(0, numbers.pairs, 32):
+                tokens = first(min(32, numbers.pairs - start), generator)
+                *_, tokens = absorbing.reveal(
+                    model, tokens, model.mask_token, generator, numbers.steps, numbers.temperature
                 )
-                for start in range(0, numbers.pairs, 32)
-            ]
+                drawn.append(tokens)
         return torch.cat(drawn).unflatten(1, grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
 
     config = {
@@ -170,7 +181,7 @@ def synthesise(run: Run, autoencoder: Stage, denoiser: Stage) -> torch.Tensor:
         "autoencoder": autoencoder.fingerprint,
         "denoiser": denoiser.fingerprint,
     }
-    return load_or_make(run, "synthesis", config, make)
+    return load_or_make(run, stage, config, make)
 
 
 def decode_pairs(run: Run, autoencoder: Stage, tokens: torch.Tensor) -> PairSet:

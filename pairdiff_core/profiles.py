@@ -71,6 +71,7 @@ class SynthesisProfile:
     pairs: int  # published: 256
     steps: int  # network passes (published: 256)
     temperature: float  # published: 0.9
+    keep: float | None = None  # share of a real pair's places in a completed one (published: makes none)
 
 
 class Level(NamedTuple):

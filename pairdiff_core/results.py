@@ -37,21 +37,22 @@ def measure(run: Run) -> dict[str, Any]:
 
     Returns:
         ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
-        ``synthetic``, ``histories``, ``pictures``, ``stages`` (seconds and machine of each, see
-        :meth:`Run.stages`), ``provenance``, whose ``wall_seconds`` are those of all stages and the measuring. Shares
-        are 0 to 1 unless a name ends in ``_percent``; lengths are in voxels (``_px``) or millimetres (``_mm``).
+        ``synthetic``, ``completed`` (where the profile makes such pairs), ``histories``, ``pictures``, ``stages``
+        (seconds and machine of each, see :meth:`Run.stages`), ``provenance``, whose ``wall_seconds`` are those of all
+        stages and the measuring. Shares are 0 to 1 unless a name ends in ``_percent``; lengths are in voxels (``_px``)
+        or millimetres (``_mm``).
     """
     autoencoder = pipeline.train_vqae(run)
     tokens = pipeline.encode_training_pairs(run, autoencoder)
     denoiser = pipeline.train_denoiser(run, tokens)
-    new_tokens = pipeline.synthesise(run, autoencoder, denoiser)
-    synthetic = pipeline.decode_pairs(run, autoencoder, new_tokens)
-    networks = {
-        "real": pipeline.train_registration(run, run.train, "real"),
-        "real, warped": pipeline.train_registration(run, run.train, "real-warped", warped=True),
-        "synthetic": pipeline.train_registration(run, synthetic, "synthetic"),
-        "synthetic, warped": pipeline.train_registration(run, synthetic, "synthetic-warped", warped=True),
-    }
+    made = {"synthetic": pipeline.synthesise(run, autoencoder, denoiser)}
+    if run.profile.synthesis.keep:
+        made["completed"] = pipeline.synthesise(run, autoencoder, denoiser, known=tokens)
+    new = {name: pipeline.decode_pairs(run, autoencoder, new_tokens) for name, new_tokens in made.items()}
+    networks = {}
+    for name, pairs in {"real": run.train, **new}.items():
+        networks[name] = pipeline.train_registration(run, pairs, name)
+        networks[f"{name}, warped"] = pipeline.train_registration(run, pairs, f"{name}-warped", warped=True)
     measuring, shown = time.perf_counter(), SHOWN[run.train.spatial_dims]
     registration = compare_methods(run, run.test, networks)
     stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}
@@ -61,10 +62,10 @@ def measure(run: Run) -> dict[str, Any]:
         "denoiser": {
             split: describe_denoiser(run, autoencoder, denoiser, pairs) for split, pairs in _splits(run)
         },
-        "synthetic": describe_synthetic(run, autoencoder, synthetic),
+        **{name: describe_synthetic(run, autoencoder, pairs) for name, pairs in new.items()},
         "histories": {name: stage.history for name, stage in stages.items()},
         "pictures": {
-            "synthetic": pack_labels(synthetic.labels[:shown]),
+            **{name: pack_labels(pairs.labels[:shown]) for name, pairs in new.items()},
             "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:shown])),
             "test": pack_labels(run.test.labels[:shown]),
         },

@@ -250,3 +250,12 @@ def test_convolutions_start_as_the_identity():
     without.load_state_dict({k: v for k, v in with_blocks.state_dict().items() if "convolutions" not in k})
     tokens = torch.randint(0, 6, (2, 16))
     torch.testing.assert_close(with_blocks(tokens), without(tokens))
+
+
+def test_places_are_kept_or_masked_whole():
+    tokens = torch.arange(4000).reshape(2, 2000) % CODES
+    state = absorbing.mask_places(tokens, 0.6, 4, MASK, seeded())
+    places = (state == MASK).unflatten(1, (-1, 4))
+    assert torch.equal(places.all(2), places.any(2))
+    assert places.float().mean() == pytest.approx(0.4, abs=0.05)
+    assert torch.equal(state[state != MASK], tokens[state != MASK])

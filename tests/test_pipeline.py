@@ -1,5 +1,7 @@
 """All five stages on a very small run: they fit together, load what is there, and repeat bit by bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_run import small_run, small_run_3d
@@ -122,3 +124,14 @@ def test_volumes_take_the_same_path(tmp_path):
         assert found.displacement.shape == found.inverse.shape == (1, 3, 64, 52, 64)
     before, after = results.score(unseen), results.score(unseen, found)
     assert after["tre_mm"] < before["tre_mm"] and after["dice"] > before["dice"], "the baseline already helps"
+
+
+def test_completed_pairs_keep_what_was_known(tmp_path):
+    run = small_run(tmp_path)
+    run = replace(run, profile=replace(run.profile, synthesis=replace(run.profile.synthesis, keep=0.75)))
+    autoencoder, tokens, denoiser, new_tokens, *_ = all_stages(run)
+    known = tokens[:1]
+    completed = pipeline.synthesise(run, autoencoder, denoiser, known)
+    assert completed.shape == new_tokens.shape and not torch.equal(completed, new_tokens)
+    assert float((completed == known).float().mean()) > 0.7
+    assert (run.path / "synthesis-completed.safetensors").exists()
