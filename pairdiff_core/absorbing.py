@@ -141,10 +141,9 @@ def mask_tokens(tokens: torch.Tensor, t: torch.Tensor, mask_token: int, generato
 
 def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Sum over the masked tokens of -ln p(token), in nats, (N,)."""
-    loss = F.cross_entropy(
-        logits.movedim(-1, 1).float(), tokens, reduction="none"
-    )  # (N, L, K) -> (N, K, L) -> (N, L)
-    return (loss * masked).sum(1)
+    loss = logits.new_zeros(tokens.shape, dtype=torch.float32)
+    loss[masked] = F.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")  # of those alone
+    return loss.sum(1)
 
 
 def reweighted_loss(
