@@ -137,9 +137,9 @@ def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, A
     Returns:
         ``dice`` (mean over pairs of the mean over structures), ``dice_per_pair``, ``dice_per_structure``; of a
         deformation also ``folding_percent``, ``log_jacobian_sd`` and ``inverse_error_px`` (means over pairs); where
-        landmarks are known, ``tre_mm`` (mean over pairs of the mean over landmarks), ``tre_all`` over all landmarks of
-        all pairs, and ``cases``: name, errors and regularity of each pair, errors as
-        :func:`metrics.describe_errors` has them.
+        landmarks are known, ``tre_mm`` (mean over pairs of the mean over landmarks), over all landmarks of all pairs
+        ``tre_all`` and ``tre_percentiles`` (0 to 100), and ``cases``: name, errors and regularity of each pair.
+        Errors are described by :func:`metrics.describe_errors`.
     """
     displacement = torch.zeros(len(pairs), pairs.spatial_dims, *pairs.spatial)
     regular: dict[str, torch.Tensor] = {}
@@ -170,7 +170,14 @@ def _score_landmarks(
     if not cases:
         return {}
     mean = sum(case["tre"]["mean"] for case in cases) / len(cases)
-    return {"tre_mm": mean, "tre_all": metrics.describe_errors(torch.cat(errors)), "cases": cases}
+    together = torch.cat(errors).double()
+    curve = together.quantile(torch.linspace(0, 1, 101, dtype=torch.float64)).tolist()
+    return {
+        "tre_mm": mean,
+        "tre_all": metrics.describe_errors(together),
+        "tre_percentiles": curve,
+        "cases": cases,
+    }
 
 
 def describe_vqae(run: Run, autoencoder: Stage, pairs: PairSet) -> dict[str, Any]:
