@@ -284,6 +284,7 @@ _QUICK_3D = Profile(
         learning_rate=4e-3,
         instance=Level(scale=1, control=4, steps=20, learning_rate=0.2),
         baseline=tuple(Level(max(1, scale // 4), control, 20, rate) for scale, control, rate in _LUNG_LEVELS),
+        control=2,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )
