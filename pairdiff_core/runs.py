@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, load_int
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Profile
 from pairdiff_core.training import History, best_device
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
 
 
 @dataclass(frozen=True, eq=False)
