@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
             the number of places.
         convolutions: residual blocks of two convolutions over the grid of places, before the transformer's layers, of
             which there may then be none. A transformer has to find out what neighbours mean at each place anew; a
-            convolution learns it once for all places, and ten volumes are enough to learn from.
+            convolution learns it once for all places.
     """
 
     def __init__(

@@ -151,19 +151,23 @@ def synthesise(
     Args:
         known: tokens (M, *grid) of real pairs. Each new pair then is a random one of them, of which the profile's share
             of places is kept and the rest made anew; without them, all is made from nothing.
+
+    Raises:
+        ValueError: if ``known`` is given, but the profile does not say how much of it to keep.
     """
     numbers, device = run.profile.synthesis, training.best_device()
     grid, model = autoencoder.model.token_grid(run.train.spatial), denoiser.model
     stage = "synthesis" if known is None else "synthesis-completed"
+    if known is not None and numbers.keep is None:
+        raise ValueError(f"the profile {run.profile.name!r} has no share to keep: set synthesis.keep, 0 to 1")
 
     def first(count: int, generator: torch.Generator) -> torch.Tensor:
         if known is None:
             return torch.full((count, model.length), model.mask_token, device=device)
         chosen = torch.randint(len(known), (count,), generator=generator, device=device).cpu()
         tokens = known[chosen].flatten(1).long().to(device)
-        return absorbing.mask_places(
-            tokens, numbers.keep or 0.0, run.profile.vqae.groups or 1, model.mask_token, generator
-        )
+        together = run.profile.vqae.groups or 1
+        return absorbing.mask_places(tokens, numbers.keep, together, model.mask_token, generator)
 
     def make() -> torch.Tensor:
         generator, drawn = run.generator(stage, device), []
@@ -180,6 +184,7 @@ def synthesise(
         "numbers": asdict(numbers),
         "autoencoder": autoencoder.fingerprint,
         "denoiser": denoiser.fingerprint,
+        "known": None if known is None else fingerprint(known),
     }
     return load_or_make(run, stage, config, make)
 

@@ -318,7 +318,7 @@ _LAPTOP_3D = Profile(
         learning_rate=2e-3,
         average=0.99,
         together=(1, 1, 1, 10),
-        convolutions=4,  # at equal time, fewer bits a token on held-out pairs than transformer layers
+        convolutions=4,
     ),
     synthesis=SynthesisProfile(pairs=128, steps=64, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
@@ -358,7 +358,7 @@ _PAPER_3D = Profile(
         patches=Patches((128, 128, 128), cuts=4),
     ),
     diffusion=_PAPER_2D.diffusion,
-    synthesis=_PAPER_2D.synthesis,
+    synthesis=replace(_PAPER_2D.synthesis, keep=0.6),
     registration=replace(
         _PAPER_2D.registration,
         squarings=12,

@@ -134,4 +134,7 @@ def test_completed_pairs_keep_what_was_known(tmp_path):
     completed = pipeline.synthesise(run, autoencoder, denoiser, known)
     assert completed.shape == new_tokens.shape and not torch.equal(completed, new_tokens)
     assert float((completed == known).float().mean()) > 0.7
-    assert (run.path / "synthesis-completed.safetensors").exists()
+    with pytest.raises(CheckpointError, match="synthesis-completed.*known"):
+        pipeline.synthesise(run, autoencoder, denoiser, tokens[1:2])
+    with pytest.raises(ValueError, match="set synthesis.keep"):
+        pipeline.synthesise(small_run(tmp_path), autoencoder, denoiser, known)
