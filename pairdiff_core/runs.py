@@ -16,10 +16,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from pairdiff_core import data
+from pairdiff_core import data as data_sets
 from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, load_into, provenance, save_checkpoint
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Profile
+from pairdiff_core.profiles import Profile, get_profile
 from pairdiff_core.training import History, best_device
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
@@ -72,12 +72,12 @@ class Run:
     @cached_property
     def train(self) -> PairSet:
         """Pairs of the training subjects."""
-        return data.load_pairs(self.dataset, "train", self.profile, data=self.data, seed=self.seed)
+        return data_sets.load_pairs(self.dataset, "train", self.profile, data=self.data, seed=self.seed)
 
     @cached_property
     def test(self) -> PairSet:
         """Pairs of subjects that no training pair shows."""
-        return data.load_pairs(self.dataset, "test", self.profile, data=self.data, seed=self.seed)
+        return data_sets.load_pairs(self.dataset, "test", self.profile, data=self.data, seed=self.seed)
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What made each result in the run's folder: ``seconds``, commit, date, device and threads, by its name."""
@@ -103,6 +103,30 @@ class Run:
     def generator(self, stage: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator seeded by :meth:`seed_of`."""
         return torch.Generator(device).manual_seed(self.seed_of(stage))
+
+
+def open_run(folder: str | Path, data: str | Path | None = None) -> Run:
+    """The run that a folder belongs to, as the results in it tell: a run folder, or one of the provided models.
+
+    Args:
+        folder: holds at least one finished stage.
+        data: folder of the real data; None looks where the environment variables say.
+
+    Raises:
+        CheckpointError: if there is no such folder, nothing in it, or what this version does not know.
+    """
+    folder = Path(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        what = "holds no finished stage" if folder.is_dir() else "is no folder"
+        raise CheckpointError(f"{folder} {what}. Give a run folder, or the folder of a provided model.")
+    metadata = load_checkpoint(found[0])[1]
+    try:
+        dataset, made_by = metadata["dataset"], metadata["provenance"]
+        profile = get_profile(made_by["profile"], data_sets.DATASETS[dataset])
+        return Run(dataset, profile, made_by["seed"], folder, data)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{found[0]} does not tell data set, profile and seed ({error}).") from error
 
 
 class Stage(NamedTuple):

@@ -11,7 +11,7 @@ from torch import nn
 from pairdiff_core.checkpoints import CheckpointError
 from pairdiff_core.data import DataError
 from pairdiff_core.profiles import get_profile
-from pairdiff_core.runs import Run, load_or_make, load_or_train
+from pairdiff_core.runs import Run, load_or_make, load_or_train, open_run
 
 
 def line(run, config=None, trained=None):
@@ -143,3 +143,17 @@ def test_train_and_test_show_different_subjects(tmp_path):
 def test_an_unknown_data_set_is_named(tmp_path):
     with pytest.raises(DataError, match="'brains'"):
         _ = replace(small_run(tmp_path), dataset="brains").train
+
+
+def test_a_folder_tells_its_run(tmp_path):
+    with pytest.raises(CheckpointError, match="is no folder"):
+        open_run(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no finished stage"):
+        open_run(tmp_path)
+    made = Run("phantom3d", get_profile("quick", 3), 7, tmp_path)
+    line(made)
+    found = open_run(tmp_path)
+    assert (found.dataset, found.profile, found.seed, found.path) == ("phantom3d", made.profile, 7, tmp_path)
+    line(Run("phantom4d", made.profile, 7, tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"line\.safetensors does not tell .*phantom4d"):
+        open_run(tmp_path / "other")
