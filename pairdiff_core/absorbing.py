@@ -146,9 +146,7 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, masked: torch.Tens
     return loss.sum(1)
 
 
-def reweighted_loss(
-    predict: Predict, tokens: torch.Tensor, mask_token: int, generator: torch.Generator
-) -> torch.Tensor:
+def reweighted_loss(predict: Predict, tokens: torch.Tensor, state: Masked, t: torch.Tensor) -> torch.Tensor:
     """The published training loss: t uniform, cross-entropy on the masked tokens times (1 - t), per token, in bits.
 
     Bond-Taylor et al. 2022, eq. 9: the exact bound weighs a step by 1 / t, which is nearly all noise at small t and
@@ -157,12 +155,12 @@ def reweighted_loss(
     Args:
         predict: the denoiser, tokens (N, L) -> logits (N, L, K).
         tokens: int64 (N, L), unmasked.
+        state: what :func:`mask_tokens` makes of them.
+        t: (N,), drawn uniformly from 0 to 1, with which they were masked.
 
     Returns:
         Scalar.
     """
-    t = torch.rand(len(tokens), generator=generator, device=tokens.device)
-    state = mask_tokens(tokens, t, mask_token, generator)
     nats = cross_entropy(predict(state.tokens), tokens, state.masked)
     return ((1 - t) * nats).mean() / (tokens.shape[1] * math.log(2))
 

@@ -28,6 +28,7 @@ from torch import nn
 import pairdiff_core
 
 FORMAT = "pairdiff-1"
+UNFINISHED = ".writing"  # how the names of files end that are being written
 AGAIN = "Delete the file and train again, or copy it again from where it came."
 
 
@@ -60,15 +61,26 @@ def save_checkpoint(
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     # one entry: safetensors writes several in no fixed order, and the same contents should give the same file
     header = {FORMAT: json.dumps({"sha256": _digest(stored, description), "description": description})}
+    write_file(path, save(stored, metadata=header))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file aside, onto the disk, and then rename it: at every moment there is the old one or the new one.
+
+    Raises:
+        CheckpointError: if it cannot be written; what was there before is then still there.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED, delete=False
+        ) as file:
             temporary = Path(file.name)
-            file.write(save(stored, metadata=header))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # temporary files are private, checkpoints are not
+        temporary.chmod(0o644)  # temporary files are private, results are not
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(
@@ -102,6 +114,12 @@ def load_checkpoint(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}). {AGAIN}") from error
+    other = next((key for key in header if key.startswith("pairdiff-") and key != FORMAT), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} was written by another version of this program (format {other}, this one reads {FORMAT}). "
+            "Use that version, or another run folder."
+        )
     if FORMAT not in header:
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this program. {AGAIN}")
     try:

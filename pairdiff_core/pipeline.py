@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from pairdiff_core import absorbing, metrics, registration, training, vqae
+from pairdiff_core import absorbing, metrics, processes, registration, training, vqae
+from pairdiff_core.batches import Pieces, Samples, WarpedPairs, augment
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Augmentation, Profile
+from pairdiff_core.profiles import Profile
+from pairdiff_core.randomness import generator
 from pairdiff_core.registration import Deformation, TwoStepNetwork
+from pairdiff_core.resume import Bookmark
 from pairdiff_core.runs import Run, Stage, fingerprint, load_or_make, load_or_train
 
-AS_THEY_ARE = Augmentation(affine=0.0, common=0.0, own=0.0, smoothness=1.0)
+STAGES = ("vqae", "tokens", "diffusion", "synthesis", "registration")
+PAIRS_A_PIECE = 8  # of new tokens: a piece of work that is kept or done anew
 
 
 def new_vqae(profile: Profile) -> vqae.PairedVQAE:
@@ -73,7 +78,7 @@ def train_vqae(run: Run) -> Stage:
 
     def loss(model: nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         output = model(labels)
-        use = metrics.codebook_use(output.tokens, numbers.codes)
+        use = metrics.codebook_use(processes.gather(output.tokens), numbers.codes)
         return {
             "loss": criterion(output, labels),
             "commitment": output.commitment,
@@ -81,18 +86,19 @@ def train_vqae(run: Run) -> Stage:
             "perplexity": torch.tensor(use.perplexity),
         }
 
-    def fit(model: nn.Module) -> training.History:
-        generator = run.generator("vqae")
-        batches = training.warped_batches(pairs.labels, numbers.batch, numbers.augmentation, generator)
-        if numbers.patches is not None:
-            batches = training.patches(batches, *numbers.patches, generator)
+    def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
+        samples = Samples(len(pairs), numbers.batch, run.seed_of("vqae"))
+        volumes = WarpedPairs(pairs.labels, samples, numbers.augmentation)
         return training.fit(
             model,
-            batches,
+            volumes if numbers.patches is None else Pieces(volumes, numbers.patches),
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
+            seed=samples.seed,
             fabric=run.fabric("vqae"),
+            compiled="vqae" in run.profile.compiled,
+            bookmark=bookmark,
             description="VQ-AE",
         )
 
@@ -102,40 +108,55 @@ def train_vqae(run: Run) -> Stage:
 
 def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:
     """Stage 2: tokens int16 (copies * N, *grid) of the N training pairs; the first N as they are, then fresh warps."""
-    pairs, generator = run.train, run.generator("tokens")
-    copies = run.profile.diffusion.copies
+    pairs, copies, seed = run.train, run.profile.diffusion.copies, run.seed_of("tokens")
 
-    def make() -> torch.Tensor:
-        tokens = [vqae.encode_pairs(autoencoder.model, pairs.labels)]
-        for _ in range(copies - 1):
-            for part in pairs.labels.split(64):
-                warped = training.augment(part, run.profile.vqae.augmentation, generator)
-                tokens.append(vqae.encode_pairs(autoencoder.model, warped))
-        return torch.cat(tokens)
+    def make(copy: int) -> torch.Tensor:
+        parts = []
+        for first in range(0, len(pairs), 64):
+            labels = pairs.labels[first : first + 64]
+            if copy:
+                numbers = range(first + copy * len(pairs), first + copy * len(pairs) + len(labels))
+                generators = [generator(seed, "warp", number) for number in numbers]
+                labels = augment(labels, run.profile.vqae.augmentation, generators)
+            parts.append(vqae.encode_pairs(autoencoder.model, labels))
+        return torch.cat(parts)
 
-    return load_or_make(run, "tokens", {"autoencoder": autoencoder.fingerprint, "copies": copies}, make)
+    config = {"autoencoder": autoencoder.fingerprint, "copies": copies}
+    return load_or_make(run, "tokens", config, make, copies)
 
 
 def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
     """Stage 3: the denoiser, on tokens int (N, *grid), with the published re-weighted loss."""
-    numbers, codes = run.profile.diffusion, run.profile.vqae.codes
+    numbers, mask_token = run.profile.diffusion, run.profile.vqae.codes
     sequences = tokens.flatten(1).long()  # (N, *grid) -> (N, L)
-    masks = run.generator("masks", training.best_device())
 
-    def loss(model: nn.Module, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": absorbing.reweighted_loss(model, batch, codes, masks)}
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        x, t, *state = batch
+        return {"loss": absorbing.reweighted_loss(model, x, absorbing.Masked(*state), t)}
 
-    def fit(model: nn.Module) -> training.History:
-        order = training.shuffled(len(sequences), numbers.batch, run.generator("diffusion"))
-        batches = (sequences[chosen] for chosen in order)
+    def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
+        samples = Samples(len(sequences), numbers.batch, run.seed_of("diffusion"))
+
+        def batch(step: int) -> tuple[torch.Tensor, ...]:
+            drawn = []
+            for x, random in zip(
+                sequences[samples.chosen(step)], samples.generators(step, "mask"), strict=True
+            ):
+                t = torch.rand(1, generator=random)
+                drawn.append((x[None], t, *absorbing.mask_tokens(x[None], t, mask_token, random)))
+            return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
+
         return training.fit(
             model,
-            batches,
+            batch,
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
             average=numbers.average,
+            seed=samples.seed,
             fabric=run.fabric("denoiser"),
+            compiled="denoiser" in run.profile.compiled,
+            bookmark=bookmark,
             description="denoiser",
         )
 
@@ -161,24 +182,22 @@ def synthesise(
     if known is not None and numbers.keep is None:
         raise ValueError(f"the profile {run.profile.name!r} has no share to keep: set synthesis.keep, 0 to 1")
 
-    def first(count: int, generator: torch.Generator) -> torch.Tensor:
+    def first(count: int, random: torch.Generator) -> torch.Tensor:
         if known is None:
             return torch.full((count, model.length), model.mask_token, device=device)
-        chosen = torch.randint(len(known), (count,), generator=generator, device=device).cpu()
+        chosen = torch.randint(len(known), (count,), generator=random, device=device).cpu()
         tokens = known[chosen].flatten(1).long().to(device)
         together = run.profile.vqae.groups or 1
-        return absorbing.mask_places(tokens, numbers.keep, together, model.mask_token, generator)
+        return absorbing.mask_places(tokens, numbers.keep, together, model.mask_token, random)
 
-    def make() -> torch.Tensor:
-        generator, drawn = run.generator(stage, device), []
+    def make(piece: int) -> torch.Tensor:
+        random = generator(run.seed_of(stage), "piece", piece, device=device)
+        tokens = first(min(PAIRS_A_PIECE, numbers.pairs - piece * PAIRS_A_PIECE), random)
         with run.fabric("synthesis").autocast():
-            for start in range(0, numbers.pairs, 32):
-                tokens = first(min(32, numbers.pairs - start), generator)
-                *_, tokens = absorbing.reveal(
-                    model, tokens, model.mask_token, generator, numbers.steps, numbers.temperature
-                )
-                drawn.append(tokens)
-        return torch.cat(drawn).unflatten(1, grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
+            *_, tokens = absorbing.reveal(
+                model, tokens, model.mask_token, random, numbers.steps, numbers.temperature
+            )
+        return tokens.unflatten(1, grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
 
     config = {
         "numbers": asdict(numbers),
@@ -186,7 +205,7 @@ def synthesise(
         "denoiser": denoiser.fingerprint,
         "known": None if known is None else fingerprint(known),
     }
-    return load_or_make(run, stage, config, make)
+    return load_or_make(run, stage, config, make, -(-numbers.pairs // PAIRS_A_PIECE))
 
 
 def decode_pairs(run: Run, autoencoder: Stage, tokens: torch.Tensor) -> PairSet:
@@ -216,23 +235,56 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
         )
         return {"loss": terms.total, "dissimilarity": terms.dissimilarity, "roughness": terms.roughness}
 
-    def fit(model: nn.Module) -> training.History:
-        augmentation = run.profile.vqae.augmentation if warped else AS_THEY_ARE
-        batches = training.warped_batches(
-            pairs.labels, numbers.batch, augmentation, run.generator("registration")
-        )
+    def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
+        samples = Samples(len(pairs), numbers.batch, run.seed_of("registration"))
+        augmentation = run.profile.vqae.augmentation if warped else None
         return training.fit(
             model,
-            batches,
+            WarpedPairs(pairs.labels, samples, augmentation),
             loss,
             steps=numbers.steps,
             learning_rate=numbers.learning_rate,
+            seed=samples.seed,
             fabric=run.fabric("registration"),
+            compiled="registration" in run.profile.compiled,
+            bookmark=bookmark,
             description=f"registration on {name} pairs",
         )
 
     config = {"numbers": asdict(numbers), "pairs": fingerprint(pairs.labels), "warped": warped}
     return load_or_train(run, f"registration-{name}", config, partial(new_registration, run.profile), fit)
+
+
+class Made(NamedTuple):
+    """What the stages of a run have made; empty from the stage on that was not asked for."""
+
+    autoencoder: Stage
+    tokens: torch.Tensor | None
+    denoiser: Stage | None
+    pairs: dict[str, PairSet]  # new ones, "synthetic" and, where the profile says how, "completed"
+    networks: dict[str, Stage]  # trained on "real" and on each of those, and on each under fresh warps
+
+
+def make(run: Run, last: str = "registration") -> Made:
+    """Run, or load, the stages of a run in their order, up to the ``last`` of ``STAGES``.
+
+    Raises:
+        CheckpointError, Paused: as :func:`load_or_train`.
+    """
+    number = STAGES.index(last)
+    autoencoder = train_vqae(run)
+    tokens = encode_training_pairs(run, autoencoder) if number >= 1 else None
+    denoiser = train_denoiser(run, tokens) if number >= 2 else None
+    pairs, networks = {}, {}
+    if number >= 3:
+        known = {"synthetic": None} | ({"completed": tokens} if run.profile.synthesis.keep else {})
+        for name, some in known.items():
+            pairs[name] = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser, some))
+    if number >= 4:
+        for name, some in {"real": run.train, **pairs}.items():
+            networks[name] = train_registration(run, some, name)
+            networks[f"{name}, warped"] = train_registration(run, some, f"{name}-warped", warped=True)
+    return Made(autoencoder, tokens, denoiser, pairs, networks)
 
 
 def register_pairs(

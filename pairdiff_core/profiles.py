@@ -113,6 +113,7 @@ class Profile:
     synthesis: SynthesisProfile
     registration: RegistrationProfile
     mixed_precision: tuple[str, ...] = ()  # stages in bfloat16 where it is safe, named as Run.fabric does
+    compiled: tuple[str, ...] = ()  # stages trained through torch.compile, named likewise
 
 
 _QUICK_2D = Profile(

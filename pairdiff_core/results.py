@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pairdiff_core import absorbing, metrics, pipeline, vqae
-from pairdiff_core.checkpoints import provenance
+import pairdiff_core
+from pairdiff_core import absorbing, metrics, pipeline, run_folder, vqae
+from pairdiff_core.checkpoints import folder_hash, provenance
 from pairdiff_core.data import DATASETS
 from pairdiff_core.fields import warp_labels
 from pairdiff_core.pairs import PairSet
@@ -42,30 +44,31 @@ def measure(run: Run) -> dict[str, Any]:
         stages and the measuring. Shares are 0 to 1 unless a name ends in ``_percent``; lengths are in voxels (``_px``)
         or millimetres (``_mm``).
     """
-    autoencoder = pipeline.train_vqae(run)
-    tokens = pipeline.encode_training_pairs(run, autoencoder)
-    denoiser = pipeline.train_denoiser(run, tokens)
-    made = {"synthetic": pipeline.synthesise(run, autoencoder, denoiser)}
-    if run.profile.synthesis.keep:
-        made["completed"] = pipeline.synthesise(run, autoencoder, denoiser, known=tokens)
-    new = {name: pipeline.decode_pairs(run, autoencoder, new_tokens) for name, new_tokens in made.items()}
-    networks = {}
-    for name, pairs in {"real": run.train, **new}.items():
-        networks[name] = pipeline.train_registration(run, pairs, name)
-        networks[f"{name}, warped"] = pipeline.train_registration(run, pairs, f"{name}-warped", warped=True)
-    measuring, shown = time.perf_counter(), SHOWN[run.train.spatial_dims]
-    registration = compare_methods(run, run.test, networks)
+    made = pipeline.make(run)
+    autoencoder, denoiser, networks = made.autoencoder, made.denoiser, made.networks
+    shown, keep = SHOWN[run.train.spatial_dims], _Kept(run)
     stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}
     measured = {
-        "registration": registration,
-        "vqae": {split: describe_vqae(run, autoencoder, pairs) for split, pairs in _splits(run)},
-        "denoiser": {
-            split: describe_denoiser(run, autoencoder, denoiser, pairs) for split, pairs in _splits(run)
+        "registration": compare_methods(run, run.test, networks, keep),
+        "vqae": {
+            split: keep(f"vqae {split}", [autoencoder], partial(describe_vqae, run, autoencoder, pairs))
+            for split, pairs in _splits(run)
         },
-        **{name: describe_synthetic(run, autoencoder, pairs) for name, pairs in new.items()},
+        "denoiser": {
+            split: keep(
+                f"denoiser {split}",
+                [autoencoder, denoiser],
+                partial(describe_denoiser, run, autoencoder, denoiser, pairs),
+            )
+            for split, pairs in _splits(run)
+        },
+        **{
+            name: keep(name, [autoencoder, denoiser], partial(describe_synthetic, run, autoencoder, pairs))
+            for name, pairs in made.pairs.items()
+        },
         "histories": {name: stage.history for name, stage in stages.items()},
         "pictures": {
-            **{name: pack_labels(pairs.labels[:shown]) for name, pairs in new.items()},
+            **{name: pack_labels(pairs.labels[:shown]) for name, pairs in made.pairs.items()},
             "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:shown])),
             "test": pack_labels(run.test.labels[:shown]),
         },
@@ -74,11 +77,31 @@ def measure(run: Run) -> dict[str, Any]:
     data = {"train pairs": fingerprint(run.train.labels), "test pairs": fingerprint(run.test.labels)}
     made_by = provenance(run.profile.name, run.seed, best_device(), data)
     made_by |= {"dataset": run.dataset, "pairs": {"train": len(run.train), "test": len(run.test)}}
-    measuring_seconds = time.perf_counter() - measuring
-    made_by["wall_seconds"] = measuring_seconds + sum(
-        stage["seconds"] for stage in measured["stages"].values()
-    )
+    made_by["wall_seconds"] = keep.seconds + sum(stage["seconds"] for stage in measured["stages"].values())
     return {"summary": summarise(measured), **measured, "provenance": made_by}
+
+
+class _Kept:
+    """Parts of a measurement, each kept in the run's folder ``measured`` when it is done, so that an interruption
+    loses one part at most. What was measured by other code, on other pairs or of other stages is measured anew.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.seconds = run, 0.0  # of all parts
+        self.code = folder_hash(Path(pairdiff_core.__file__).parent, "**/*.py")
+
+    def __call__(self, name: str, stages: Sequence[Stage], measure: Callable[[], Any]) -> Any:
+        path = self.run.path / "measured" / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
+        depends = [self.code, fingerprint(self.run.test.labels), *(stage.fingerprint for stage in stages)]
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("depends") != depends:
+            self.run.pause_if_asked()
+            started = time.perf_counter()
+            kept = {"result": measure(), "seconds": time.perf_counter() - started, "depends": depends}
+            with self.run.working():
+                run_folder.write_json(path, kept)
+        self.seconds += kept["seconds"]
+        return kept["result"]
 
 
 def _splits(run: Run) -> list[tuple[str, PairSet]]:
@@ -113,22 +136,32 @@ def summarise(measured: dict[str, Any]) -> dict[str, float | None]:
     return summary
 
 
-def compare_methods(run: Run, pairs: PairSet, networks: dict[str, Stage]) -> list[dict[str, Any]]:
+def compare_methods(
+    run: Run,
+    pairs: PairSet,
+    networks: dict[str, Stage],
+    keep: Callable[[str, Sequence[Stage], Callable[[], Any]], Any] = lambda name, stages, measure: measure(),
+) -> list[dict[str, Any]]:
     """One row a method: before, the no-training baseline (where its last level is coarser than the images, also with
-    one more at full size), and each network without and with instance optimisation."""
-    rows = [{"method": "before", **score(pairs)}]
-    methods = {"baseline": partial(pipeline.register_pairs, run, pairs)}
+    one more at full size), and each network without and with instance optimisation. ``keep`` may keep the rows."""
+    register = partial(pipeline.register_pairs, run, pairs)
+    methods: dict[str, tuple[Sequence[Stage], Callable[[], Deformation]]] = {"baseline": ([], register)}
     if run.profile.registration.baseline[-1].scale > 1:
-        methods["baseline, full size"] = partial(pipeline.register_pairs, run, pairs, full_size=True)
+        methods["baseline, full size"] = ([], partial(register, full_size=True))
     for name, stage in networks.items():
-        methods[name] = partial(pipeline.register_pairs, run, pairs, stage)
-        methods[f"{name} + instance"] = partial(pipeline.register_pairs, run, pairs, stage, instance=True)
-    for name, register in methods.items():
-        started = time.perf_counter()
-        deformation = register()
-        seconds = (time.perf_counter() - started) / len(pairs)
-        rows.append({"method": name, **score(pairs, deformation), "seconds_per_pair": seconds})
+        methods[name] = ([stage], partial(register, stage))
+        methods[f"{name} + instance"] = ([stage], partial(register, stage, instance=True))
+    rows = [{"method": "before", **score(pairs)}]
+    for name, (stages, method) in methods.items():
+        rows.append({"method": name, **keep(f"registration {name}", stages, partial(_row, pairs, method))})
     return rows
+
+
+def _row(pairs: PairSet, method: Callable[[], Deformation]) -> dict[str, Any]:
+    started = time.perf_counter()
+    deformation = method()
+    seconds = (time.perf_counter() - started) / len(pairs)
+    return {**score(pairs, deformation), "seconds_per_pair": seconds}
 
 
 def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, Any]:
@@ -306,11 +339,7 @@ def unpack_labels(packed: dict[str, Any]) -> torch.Tensor:
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
     """Write results as JSON, one value a line down to lists of numbers; an older file is replaced at the very end."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(_rounded(results), indent=1) + "\n")
-    temporary.replace(path)
+    run_folder.write_json(Path(path), _rounded(results))
 
 
 def _rounded(value: Any) -> Any:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
+import pairdiff_core
 from pairdiff_core import data as data_sets
+from pairdiff_core import processes, run_folder
 from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, load_into, provenance, save_checkpoint
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Profile, get_profile
+from pairdiff_core.randomness import generator, seed_of
+from pairdiff_core.resume import Bookmark, Paused, check_config
 from pairdiff_core.training import History, best_device
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
@@ -29,6 +35,8 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line f
 class Run:
     """A data set, a profile and a seed, and the folder that keeps what is made of them.
 
+    Several processes may work on one run, if all see its folder; :mod:`pairdiff_core.processes` counts them.
+
     Attributes:
         dataset: one of ``data.DATASETS``.
         profile: sizes, steps and weights of everything.
@@ -36,6 +44,8 @@ class Run:
         folder: where results are kept; None takes ``<dataset>-<profile>-seed<seed>`` in the folder that
             ``PAIRDIFF_RUNS`` names, else in ``runs``.
         data: folder of the real data; None looks where the environment variables say.
+        save_minutes: after so many, what is done of a stage is kept (:class:`pairdiff_core.resume.Bookmark`).
+        should_pause: asked often; if it gives a reason, what is done is kept and ``resume.Paused`` raised.
     """
 
     dataset: str
@@ -43,6 +53,8 @@ class Run:
     seed: int = 0
     folder: str | Path | None = None
     data: str | Path | None = None
+    save_minutes: float = 5.0
+    should_pause: Callable[[], str | None] | None = None
 
     @cached_property
     def path(self) -> Path:
@@ -91,18 +103,44 @@ class Run:
         return told
 
     def fabric(self, stage: str) -> Fabric:
-        """Device and precision of "vqae", "denoiser", "synthesis" or "registration", as the profile says."""
-        mixed = stage in self.profile.mixed_precision
-        precision = "bf16-mixed" if mixed else "32-true"
-        return Fabric(accelerator=best_device().type, devices=1, precision=precision)
+        """Device, precision and processes of "vqae", "denoiser", "synthesis" or "registration", as the profile says."""
+        precision = "bf16-mixed" if stage in self.profile.mixed_precision else "32-true"
+        device = best_device().type
+        if processes.count() == 1:
+            return Fabric(accelerator=device, devices=1, precision=precision)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count()))
+        strategy = DDPStrategy(broadcast_buffers=False)  # they are equal: each process follows all latents
+        fabric = Fabric(device, strategy, here, processes.count() // here, precision)
+        fabric.launch()
+        return fabric
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Keep the run's folder for this process, or for the first of several, while something is made in it."""
+        config = {"dataset": self.dataset, "profile": self.profile.name, "seed": self.seed}
+        if processes.rank():
+            yield
+        else:
+            told = {**config, "pairdiff": pairdiff_core.__version__, "numbers": asdict(self.profile)}
+            with run_folder.working_in(self.path, told):
+                yield
+
+    def pause_if_asked(self) -> None:
+        """Raise ``Paused`` if there is a reason to."""
+        if self.should_pause and (reason := self.should_pause()):
+            raise Paused(f"{reason}: paused")
+
+    def bookmark(self, name: str, config: Mapping[str, Any]) -> Bookmark:
+        """Where a stage that is not finished keeps what is done of it."""
+        return Bookmark(self.path / name, config, self.save_minutes, self.should_pause)
 
     def seed_of(self, stage: str) -> int:
         """A seed for one stage, the same whether the stages before it were trained or loaded."""
-        return int(digest(f"{self.seed} {stage}".encode()), 16) % 2**31
+        return seed_of(self.seed, stage)
 
     def generator(self, stage: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator seeded by :meth:`seed_of`."""
-        return torch.Generator(device).manual_seed(self.seed_of(stage))
+        return generator(self.seed, stage, device=device)
 
 
 def open_run(folder: str | Path, data: str | Path | None = None) -> Run:
@@ -144,7 +182,7 @@ def load_or_train(
     name: str,
     config: Mapping[str, Any],
     make: Callable[[], nn.Module],
-    fit: Callable[[nn.Module], History],
+    fit: Callable[[nn.Module, Bookmark], History],
 ) -> Stage:
     """The model of the checkpoint ``name`` in the run folder, or else the provided one (:meth:`Run.provided`).
 
@@ -154,87 +192,115 @@ def load_or_train(
     Args:
         config: everything that the result depends on, JSON-able. A checkpoint made with another is refused.
         make: builds the untrained model; random initialisation is seeded by the run.
-        fit: trains it in place and returns the history.
+        fit: trains it in place, from where the bookmark is, and returns the history.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or was made with another config; it stays as it is.
+        CheckpointError: if the checkpoint is damaged, was made with another config, or cannot be written, or another
+            process works in the folder. What is there stays as it is.
+        Paused: if the run was asked to pause; the next call goes on from there.
     """
     path, config = run.path / f"{name}.safetensors", _complete(run, name, config)
     given = run.provided(name)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed_of(name))
         model = make()
+        loaded = True
         if path.exists():
             metadata = load_into(model, path)
-            _check_config(path, metadata, config)
+            check_config(path, metadata.get("config", {}), config)
+            (run.path / f"{name}.part").unlink(
+                missing_ok=True
+            )  # left if killed between the last two lines below
         elif given is not None:
             metadata = load_into(model, given)
             print(f"{name}: not trained here but taken from {given}")
         else:
-            started = time.perf_counter()
-            history = fit(model)
-            metadata = _describe(run, config, time.perf_counter() - started) | {"history": history}
-            save_checkpoint(path, model.state_dict(), metadata)
-            metadata["trained"] = True
+            loaded = False
+            with run.working():
+                bookmark = run.bookmark(f"{name}.part", {**config, "processes": processes.count()})
+                bookmark.log = partial(run_folder.write_log, run.path, name)
+                history = fit(model, bookmark)
+                metadata = _describe(run, config, bookmark.seconds) | {"history": history}
+                if processes.rank() == 0:
+                    bookmark.log(history)
+                    _finish(run, name, model.state_dict(), metadata)
+                    bookmark.remove()
+                processes.wait()
     model.to(best_device()).eval()
-    loaded = "trained" not in metadata
     return Stage(
         model, metadata["history"], metadata["seconds"], loaded, fingerprint(*model.state_dict().values())
     )
 
 
 def load_or_make(
-    run: Run, name: str, config: Mapping[str, Any], make: Callable[[], torch.Tensor]
+    run: Run, name: str, config: Mapping[str, Any], make: Callable[[int], torch.Tensor], pieces: int = 1
 ) -> torch.Tensor:
     """The tensor that the checkpoint ``name`` in the run folder holds; made and saved there if there is none.
 
+    It is made in pieces, which several processes share and an interruption does not lose.
+
+    Args:
+        config: as for :func:`load_or_train`.
+        make: from the number of a piece, 0 to ``pieces - 1``, to that piece, which depends on nothing else; the
+            pieces one behind the other are the tensor.
+
     Raises:
-        CheckpointError: as :func:`load_or_train`.
+        CheckpointError, Paused: as :func:`load_or_train`.
     """
     path, config = run.path / f"{name}.safetensors", _complete(run, name, config)
-    if path.exists():
-        tensors, metadata = load_checkpoint(path)
-        _check_config(path, metadata, config)
-        return tensors["tensor"]
-    started = time.perf_counter()
-    tensor = make()
-    save_checkpoint(path, {"tensor": tensor}, _describe(run, config, time.perf_counter() - started))
-    return tensor
+    if not path.exists():
+        with run.working():
+            _make_pieces(run, name, config, make, pieces)
+    tensors, metadata = load_checkpoint(path)
+    check_config(path, metadata.get("config", {}), config)
+    return tensors["tensor"]
+
+
+def _make_pieces(
+    run: Run, name: str, config: Mapping[str, Any], make: Callable[[int], torch.Tensor], pieces: int
+) -> None:
+    """Make this process's share of the pieces, each a file; when all are there, the first process joins them."""
+    files = [run.bookmark(f"{name}.part/{piece:04d}", config) for piece in range(pieces)]
+    reason = None
+    for piece in range(processes.rank(), pieces, processes.count()):
+        if files[piece].load() is not None:
+            continue
+        if reason := files[piece].reason_to_pause():
+            break
+        files[piece].begin()
+        files[piece].write({"tensor": make(piece)}, {})
+    if processes.any_of(reason is not None):  # which is also where each waits for the others
+        raise Paused(f"{name}: paused after a piece ({reason or 'another process was asked to stop'})")
+    if processes.rank() == 0:
+        tensor = torch.cat([file.load()[0]["tensor"] for file in files])
+        seconds = sum(file.seconds_before for file in files) / processes.count()
+        _finish(run, name, {"tensor": tensor}, _describe(run, config, seconds))
+        shutil.rmtree(run.path / f"{name}.part")
+    processes.wait()
 
 
 def _complete(run: Run, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the precision of the stage that the result is of, "registration" for "registration-real"."""
-    mixed = name.split("-")[0] in run.profile.mixed_precision
-    return {**config, **({"bfloat16": True} if mixed else {})}
+    stage = name.split("-")[0]
+    return {
+        **config,
+        **({"bfloat16": True} if stage in run.profile.mixed_precision else {}),
+        **({"compiled": True} if stage in (run.profile.compiled or ()) else {}),
+    }
 
 
 def _describe(run: Run, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    made_by = provenance(run.profile.name, run.seed, best_device())
+    made_by = provenance(run.profile.name, run.seed, best_device()) | {"processes": processes.count()}
     return {"config": dict(config), "dataset": run.dataset, "seconds": seconds, "provenance": made_by}
 
 
-def _check_config(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    was = metadata.get("config", {})
-    different = [key for key in sorted({*was, *config}) if _plain(was.get(key)) != _plain(config.get(key))]
-    if different:
-        raise CheckpointError(
-            f"{path} was made with other settings ({', '.join(different)} differ from now). It stays as it is: "
-            "choose another run folder (PAIRDIFF_RUNS), or delete the file to make it again."
-        )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them; without what is None, so that a setting may be added later."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _finish(run: Run, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    save_checkpoint(run.path / f"{name}.safetensors", tensors, metadata)
+    made_by = metadata["provenance"] | {"seconds": metadata["seconds"]}
+    run_folder.write_provenance(run.path, name, made_by)
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:
-    """A short hash of the contents of tensors."""
-    return digest(b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors))
-
-
-def digest(content: bytes) -> str:
-    """The first 16 hexadecimal digits of the SHA-256."""
+    """A short hash of the contents of tensors: the first 16 hexadecimal digits of the SHA-256."""
+    content = b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors)
     return hashlib.sha256(content).hexdigest()[:16]

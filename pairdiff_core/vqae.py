@@ -17,6 +17,7 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import AutoEncoder
 from torch import nn
 
+from pairdiff_core import processes
 from pairdiff_core.pairs import one_hot
 
 FOREGROUND_WEIGHT = 2.5  # of every label but the background (1) in the cross-entropy, as published
@@ -38,7 +39,8 @@ class Codebook(nn.Module):
     the batch at hand (random restarts: Dhariwal et al. 2020, "Jukebox"). That latent is drawn with a chance that
     grows with its squared distance from the codes (k-means++, Arthur & Vassilvitskii 2007), not uniformly: most
     positions of an image are plain background, which one code serves. The first training batch places all codes.
-    MONAI's ``EMAQuantizer`` has no revival: its unused codes stay dead.
+    MONAI's ``EMAQuantizer`` has no revival: its unused codes stay dead. Of several processes that train together, each
+    follows the latents of all, so that all have the same codes.
 
     Over the first ``fade_in`` training batches the decoder sees less and less of the encoder's own output and more and
     more of the codes. Thrown in at the deep end, it first learns what most tokens share, and a *paired* autoencoder can
@@ -83,14 +85,14 @@ class Codebook(nn.Module):
             latent.detach().movedim(1, -1).reshape(-1, self.vectors.shape[1]).float()
         )  # (N * positions * G, C / G)
         if self.training and not self.counts.any():
-            everything = torch.ones_like(self.counts, dtype=torch.bool)
-            self._place(everything, flat, (flat - flat.mean(0)).square().sum(1))
+            everything, latents = torch.ones_like(self.counts, dtype=torch.bool), processes.gather(flat)
+            self._place(everything, latents, (latents - latents.mean(0)).square().sum(1))
         distance, nearest = torch.cdist(flat, self.vectors).min(1)
         tokens = nearest.reshape(grid)
         chosen = self.look_up(tokens)
         share = 1.0
         if self.training:
-            self._follow(flat, nearest, distance.square())
+            self._follow(*(processes.gather(each) for each in (flat, nearest, distance.square())))
             self.batches += 1
             share = min(1.0, int(self.batches) / max(1, self.fade_in))
         # The straight-through estimator: the code forward, the encoder's gradient backward.
@@ -246,8 +248,9 @@ class VQAELoss(nn.Module):
         )
 
     def forward(self, output: Reconstruction, labels: torch.Tensor) -> torch.Tensor:
-        logits = output.logits.flatten(0, 1)  # (N, 2, C, *s) -> (2N, C, *s)
-        target = labels.flatten(0, 1)[:, None]  # (N, 2, *s) -> (2N, 1, *s)
+        # Dice and the weighted mean are of a whole batch: with several processes, of the batches of all.
+        logits = processes.gather(output.logits).flatten(0, 1)  # (N, 2, C, *s) -> (2N, C, *s)
+        target = processes.gather(labels).flatten(0, 1)[:, None]  # (N, 2, *s) -> (2N, 1, *s)
         return self.image(logits, target) + self.commitment_weight * output.commitment
 
 

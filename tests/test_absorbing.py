@@ -79,7 +79,9 @@ def test_the_bound_of_a_clueless_denoiser_is_log2_of_the_codebook():
 def test_the_reweighted_loss_of_a_clueless_denoiser():
     """E[(1 - t) t] = 1/6 of the tokens, each at log2(K) bits."""
     tokens = torch.zeros(50_000, LENGTH, dtype=torch.long)
-    found = absorbing.reweighted_loss(lambda x: torch.zeros(*x.shape, CODES), tokens, MASK, seeded())
+    t = torch.rand(len(tokens), generator=seeded(1))
+    state = absorbing.mask_tokens(tokens, t, MASK, seeded())
+    found = absorbing.reweighted_loss(lambda x: torch.zeros(*x.shape, CODES), tokens, state, t)
     assert float(found) == pytest.approx(math.log2(CODES) / 6, rel=0.02)
 
 
@@ -170,7 +172,9 @@ def test_the_denoiser_learns_a_toy_joint(joint, sequences):
     adam, generator = torch.optim.Adam(denoiser.parameters(), 3e-3), seeded()
     for _ in range(300):
         batch = sequences[torch.multinomial(joint, 256, replacement=True, generator=generator)]
-        loss = absorbing.reweighted_loss(denoiser, batch, MASK, generator)
+        t = torch.rand(256, generator=generator)
+        state = absorbing.mask_tokens(batch, t, MASK, generator)
+        loss = absorbing.reweighted_loss(denoiser, batch, state, t)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -11,13 +11,14 @@ from torch import nn
 from pairdiff_core.checkpoints import CheckpointError
 from pairdiff_core.data import DataError
 from pairdiff_core.profiles import get_profile
+from pairdiff_core.resume import Paused
 from pairdiff_core.runs import Run, load_or_make, load_or_train, open_run
 
 
 def line(run, config=None, trained=None):
     """Load or train a linear layer; ``trained`` collects the calls of the training function."""
 
-    def fit(model):
+    def fit(model, bookmark):
         if trained is not None:
             trained.append(True)
         with torch.no_grad():
@@ -95,29 +96,53 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     run = small_run(tmp_path)
     line(run)
     with pytest.raises(CheckpointError, match=r"the tensor weight has shape \(1, 2\), expected \(1, 3\)"):
-        load_or_train(run, "line", {}, lambda: nn.Linear(3, 1), lambda model: [])
+        load_or_train(run, "line", {}, lambda: nn.Linear(3, 1), lambda model, bookmark: [])
 
 
 def test_a_failed_training_leaves_nothing_behind(tmp_path):
-    def fail(model):
+    def fail(model, bookmark):
         raise FloatingPointError("not finite")
 
     with pytest.raises(FloatingPointError):
         load_or_train(small_run(tmp_path), "line", {}, lambda: nn.Linear(2, 1), fail)
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("line*"))
 
 
 def test_tensors_are_made_once(tmp_path):
     run, made = small_run(tmp_path), []
 
-    def make():
-        made.append(True)
-        return torch.arange(5)
+    def make(piece):
+        made.append(piece)
+        return torch.arange(5) + 5 * piece
 
-    first, second = (load_or_make(run, "numbers", {"n": 5}, make) for _ in range(2))
-    assert made == [True] and torch.equal(first, second)
+    first, second = (load_or_make(run, "numbers", {"n": 5}, make, pieces=2) for _ in range(2))
+    assert made == [0, 1] and torch.equal(first, second) and torch.equal(first, torch.arange(10))
     with pytest.raises(CheckpointError, match="n differ"):
         load_or_make(run, "numbers", {"n": 6}, make)
+
+
+def test_pieces_that_are_made_are_not_made_again(tmp_path):
+    run, made = small_run(tmp_path), []
+
+    def make(piece):
+        if piece == 2 and made.count(2) == 0:
+            made.append(2)
+            raise KeyboardInterrupt
+        made.append(piece)
+        return torch.full((1,), piece)
+
+    with pytest.raises(KeyboardInterrupt):
+        load_or_make(run, "numbers", {"n": 5}, make, pieces=4)
+    with pytest.raises(CheckpointError, match=r"0000 was made with other settings \(n differ"):
+        load_or_make(run, "numbers", {"n": 6}, make, pieces=4)
+    asked = replace(
+        run, should_pause=lambda: "time is over" if made[-1] == 2 and made.count(2) == 2 else None
+    )
+    with pytest.raises(Paused, match="numbers: paused after a piece"):
+        load_or_make(asked, "numbers", {"n": 5}, make, pieces=4)
+    assert torch.equal(load_or_make(run, "numbers", {"n": 5}, make, pieces=4), torch.arange(4))
+    assert made == [0, 1, 2, 2, 3]
+    assert not (tmp_path / "numbers.part").exists()
 
 
 def test_a_stage_depends_on_the_seed_but_not_on_what_ran_before(tmp_path):
