@@ -7,10 +7,10 @@ them, each function gives what holds for one.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as distributed
-from torch.distributed.nn.functional import all_gather
 
 
 def rank() -> int:
@@ -32,7 +32,23 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors (N, ...) of all P processes, in their order, as (P N, ...). Gradients flow back to each process."""
     if not joined():
         return tensor
-    return torch.cat(all_gather(tensor.contiguous()))
+    return _Gather.apply(tensor.contiguous())
+
+
+class _Gather(torch.autograd.Function):
+    """What others make of a process's tensor counts for it: backward adds up the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(count())]
+        distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient.chunk(count())[rank()]
 
 
 def mean(values: dict[str, float]) -> dict[str, float]:

@@ -34,8 +34,11 @@ SHOWN = {2: 4, 3: 1}  # pairs kept in the file as pictures, by dimensions
 COMPARED = 48  # at most so many pairs of each set have their displacements compared
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: Run, made: pipeline.Made | None = None) -> dict[str, Any]:
     """Run (or load) every stage and measure it on the test pairs, which nothing was trained or chosen on.
+
+    Args:
+        made: by the stages, if they were run already.
 
     Returns:
         ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
@@ -44,7 +47,7 @@ def measure(run: Run) -> dict[str, Any]:
         stages and the measuring. Shares are 0 to 1 unless a name ends in ``_percent``; lengths are in voxels (``_px``)
         or millimetres (``_mm``).
     """
-    made = pipeline.make(run)
+    made = made or pipeline.make(run)
     autoencoder, denoiser, networks = made.autoencoder, made.denoiser, made.networks
     shown, keep = SHOWN[run.train.spatial_dims], _Kept(run)
     stages = {"vqae": autoencoder, "denoiser": denoiser, **networks}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,41 @@ from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, save_che
 
 class Paused(RuntimeError):
     """Work stopped because it was asked to; what is done is kept, and the same call goes on from there."""
+
+
+@contextmanager
+def pausing(minutes: float | None = None) -> Iterator[Callable[[], str | None]]:
+    """Inside, Ctrl-C and SIGTERM, which a cluster sends before its time limit, ask for a pause instead of killing.
+
+    A second signal acts as ever. Gives a function that tells the reason to pause, or None, as :class:`Bookmark` wants.
+
+    Args:
+        minutes: after so many there is a reason, too; None for no limit.
+    """
+    started, caught = time.monotonic(), []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, frame: Any) -> None:
+        caught.append(signal.Signals(number).name)
+        restore()
+
+    def reason() -> str | None:
+        if caught:
+            return f"{caught[0]} came"
+        over = minutes is not None and time.monotonic() - started >= 60 * minutes
+        return f"{minutes:g} minutes are over" if over else None
+
+    for number in signals:
+        signal.signal(number, catch)
+    try:
+        yield reason
+    finally:
+        restore()
 
 
 class Bookmark:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 import pairdiff_core
@@ -109,8 +108,13 @@ class Run:
         if processes.count() == 1:
             return Fabric(accelerator=device, devices=1, precision=precision)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count()))
-        strategy = DDPStrategy(broadcast_buffers=False)  # they are equal: each process follows all latents
-        fabric = Fabric(device, strategy, here, processes.count() // here, precision)
+        fabric = Fabric(
+            accelerator=device,
+            strategy="ddp",
+            devices=here,
+            num_nodes=processes.count() // here,
+            precision=precision,
+        )
         fabric.launch()
         return fabric
 
@@ -118,6 +122,8 @@ class Run:
     def working(self) -> Iterator[None]:
         """Keep the run's folder for this process, or for the first of several, while something is made in it."""
         config = {"dataset": self.dataset, "profile": self.profile.name, "seed": self.seed}
+        if processes.count() > 1 and not processes.joined():
+            self.fabric("any")
         if processes.rank():
             yield
         else:
@@ -208,12 +214,13 @@ def load_or_train(
         if path.exists():
             metadata = load_into(model, path)
             check_config(path, metadata.get("config", {}), config)
+            _tell(f"{name}: found in {run.path.name}, not trained again")
             (run.path / f"{name}.part").unlink(
                 missing_ok=True
             )  # left if killed between the last two lines below
         elif given is not None:
             metadata = load_into(model, given)
-            print(f"{name}: not trained here but taken from {given}")
+            _tell(f"{name}: not trained here but taken from {given}")
         else:
             loaded = False
             with run.working():
@@ -226,6 +233,7 @@ def load_or_train(
                     _finish(run, name, model.state_dict(), metadata)
                     bookmark.remove()
                 processes.wait()
+            _tell(f"{name}: trained in {metadata['seconds']:.0f} s")
     model.to(best_device()).eval()
     return Stage(
         model, metadata["history"], metadata["seconds"], loaded, fingerprint(*model.state_dict().values())
@@ -248,12 +256,20 @@ def load_or_make(
         CheckpointError, Paused: as :func:`load_or_train`.
     """
     path, config = run.path / f"{name}.safetensors", _complete(run, name, config)
-    if not path.exists():
+    found = path.exists()
+    if not found:
         with run.working():
             _make_pieces(run, name, config, make, pieces)
     tensors, metadata = load_checkpoint(path)
     check_config(path, metadata.get("config", {}), config)
+    shutil.rmtree(run.path / f"{name}.part", ignore_errors=True)  # as above
+    _tell(f"{name}: found in {run.path.name}" if found else f"{name}: made in {metadata['seconds']:.0f} s")
     return tensors["tensor"]
+
+
+def _tell(line: str) -> None:
+    if processes.rank() == 0:
+        print(line)
 
 
 def _make_pieces(
@@ -295,9 +311,9 @@ def _describe(run: Run, config: Mapping[str, Any], seconds: float) -> dict[str, 
 
 
 def _finish(run: Run, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    save_checkpoint(run.path / f"{name}.safetensors", tensors, metadata)
     made_by = metadata["provenance"] | {"seconds": metadata["seconds"]}
     run_folder.write_provenance(run.path, name, made_by)
+    save_checkpoint(run.path / f"{name}.safetensors", tensors, metadata)
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:
