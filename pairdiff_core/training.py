@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,20 @@ History = list[dict[str, float]]
 
 
 def best_device() -> torch.device:
-    """The GPU if CUDA has one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What the environment variable PAIRDIFF_DEVICE names, "cpu" or "cuda"; without it, the GPU if CUDA has one.
+
+    Raises:
+        ValueError: if it names something else, or a GPU that is not there.
+    """
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = os.environ.get("PAIRDIFF_DEVICE") or found
+    if wanted not in ("cpu", "cuda"):
+        raise ValueError(f"PAIRDIFF_DEVICE is {wanted!r}, but the devices are cpu and cuda")
+    if wanted == "cuda" and found != "cuda":
+        raise ValueError(
+            "PAIRDIFF_DEVICE asks for cuda, but torch finds no GPU: install a CUDA build of torch, or unset it"
+        )
+    return torch.device(wanted)
 
 
 def fit(

@@ -1,5 +1,6 @@
 """All five stages on a very small run: they fit together, load what is there, and repeat bit by bit."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -138,3 +139,20 @@ def test_completed_pairs_keep_what_was_known(tmp_path):
         pipeline.synthesise(run, autoencoder, denoiser, tokens[1:2])
     with pytest.raises(ValueError, match="set synthesis.keep"):
         pipeline.synthesise(small_run(tmp_path), autoencoder, denoiser, known)
+
+
+@pytest.mark.parametrize("change", ["mixed_precision", "compiled"])
+def test_fast_training_agrees_with_plain(tmp_path, change):
+    """bfloat16 has three digits; a compiled network adds up in another order."""
+    if change == "compiled" and shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    losses = {}
+    for name, changes in (
+        ("plain", {"mixed_precision": ()}),
+        (change, {"mixed_precision": (), change: ("denoiser",)}),
+    ):
+        run = small_run(tmp_path / name, **changes)
+        tokens = pipeline.encode_training_pairs(run, pipeline.train_vqae(run))
+        losses[name] = [entry["loss"] for entry in pipeline.train_denoiser(run, tokens).history]
+    assert losses[change] == pytest.approx(losses["plain"], rel=2e-2 if change == "mixed_precision" else 1e-4)
+    assert change == "compiled" or losses[change] != losses["plain"]

@@ -135,3 +135,15 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert shares[0] == pytest.approx(0.2) and max(shares) == 1.0 and shares.index(1.0) in (4, 5)
     assert shares[-1] == pytest.approx(0, abs=1e-9)
     assert all(later <= earlier for earlier, later in itertools.pairwise(shares[5:]))
+
+
+def test_a_device_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("PAIRDIFF_DEVICE", "cpu")
+    assert training.best_device().type == "cpu"
+    monkeypatch.setenv("PAIRDIFF_DEVICE", "abacus")
+    with pytest.raises(ValueError, match="'abacus', but the devices are cpu and cuda"):
+        training.best_device()
+    monkeypatch.setenv("PAIRDIFF_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="asks for cuda, but torch finds no GPU"):
+        training.best_device()
