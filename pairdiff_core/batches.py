@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pairdiff_core import fields, processes
+from pairdiff_core.pairs import DataError
 from pairdiff_core.profiles import Augmentation, Patches
 from pairdiff_core.randomness import generator
 
@@ -28,6 +29,9 @@ class Samples:
         items: N.
         batch: B, samples a step and process.
         seed: of order and augmentation.
+
+    Raises:
+        DataError: if there are fewer items than processes.
     """
 
     items: int
@@ -36,7 +40,7 @@ class Samples:
 
     def __post_init__(self) -> None:
         if self.items < processes.count():
-            raise ValueError(
+            raise DataError(
                 f"{processes.count()} processes cannot share {self.items} training items: start at most {self.items}"
             )
 

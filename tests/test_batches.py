@@ -9,6 +9,7 @@ import torch
 
 from pairdiff_core import batches, processes
 from pairdiff_core.batches import Pieces, Samples, WarpedPairs
+from pairdiff_core.pairs import DataError
 from pairdiff_core.profiles import Augmentation, Patches
 
 STILL = Augmentation(affine=0.0, common=0.0, own=0.0, smoothness=8.0)
@@ -62,7 +63,7 @@ def test_processes_share_the_samples_of_one_without_overlap(as_processes):
 
 
 def test_more_processes_than_items_are_refused(as_processes):
-    with pytest.raises(ValueError, match="4 processes cannot share 3 training items: start at most 3"):
+    with pytest.raises(DataError, match="4 processes cannot share 3 training items: start at most 3"):
         as_processes(4, lambda: Samples(3, 1, seed=0))
 
 
