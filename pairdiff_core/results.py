@@ -12,7 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +267,7 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
     nearest neighbours so close that nothing new, held-out real pairs included, is ever among them.
     """
     compared = min(COMPARED, len(run.train), len(synthetic))
-    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:compared].tolist()
-    displacement = {
-        name: pipeline.register_pairs(run, pairs, batch=16).displacement
-        for name, pairs in (("real", run.train[some]), ("synthetic", synthetic[:compared]))
-    }
+    displacement = pipeline.register_pairs(run, synthetic[:compared], batch=16).displacement
     seen = {name: _reconstruct(autoencoder, pairs.labels) for name, pairs in _splits(run)} | {
         "synthetic": synthetic.labels
     }
@@ -282,13 +278,20 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
         "pairs": len(synthetic),
         "areas": metrics.compare_areas(run.train.labels, synthetic.labels, run.train.label_names),
         "components": metrics.compare_components(_each_image(run.train), synthetic.labels),
-        "displacements": metrics.compare_displacements(displacement["real"], displacement["synthetic"]),
+        "displacements": metrics.compare_displacements(_real_displacement(run, compared), displacement),
         "quality": _quality(run, images),
         "memorisation": {
             "pairs": _audit(seen["synthetic"], seen["train"], seen["test"]),
             "images": _audit(images["synthetic"], images["train"], images["test"]),
         },
     }  # fmt: skip
+
+
+@lru_cache(maxsize=1)  # all kinds of new pairs are compared with the same real ones
+def _real_displacement(run: Run, number: int) -> torch.Tensor:
+    """Displacements (number, D, *spatial) of that many training pairs, by the no-training baseline."""
+    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:number].tolist()
+    return pipeline.register_pairs(run, run.train[some], batch=16).displacement
 
 
 def _quality(run: Run, images: dict[str, torch.Tensor]) -> dict[str, Any]:
