@@ -102,24 +102,28 @@ def _registration_of(numbers: dict[str, Any]) -> RegistrationProfile:
     return RegistrationProfile(**{**numbers, **levels, "channels": tuple(numbers["channels"])})
 
 
+def folders() -> list[Path]:
+    """The provided models here: those in the folder that PAIRDIFF_MODELS names, then in ``models`` of the project."""
+    places = [Path(place) for place in (os.environ.get("PAIRDIFF_MODELS"), MODELS) if place]
+    return [
+        file.parent for place in places for file in sorted(place.glob("*/registration-synthetic.safetensors"))
+    ]
+
+
 def find(run: str | Path) -> Path:
     """The folder that ``run`` means: that folder itself, else the provided model of that name, as "oasis2d-laptop".
-
-    Provided models are looked for in the folder that PAIRDIFF_MODELS names, then in ``models`` of the project.
 
     Raises:
         CheckpointError: if there is neither; the message lists the provided models.
     """
     if Path(run).is_dir():
         return Path(run)
-    places = [Path(place) for place in (os.environ.get("PAIRDIFF_MODELS"), MODELS) if place]
-    found = next(
-        (place / run for place in places if len(Path(run).parts) == 1 and (place / run).is_dir()), None
-    )
+    models = folders()
+    found = next((folder for folder in models if folder.name == str(run)), None)
     if found is None:
-        names = sorted({folder.name for place in places for folder in place.glob("*-*") if folder.is_dir()})
+        names = ", ".join(sorted({folder.name for folder in models})) or "(none)"
         raise CheckpointError(
-            f"{run} is no folder and no provided model. Give a run folder, or one of: {', '.join(names) or '(none)'}."
+            f"{run} is no folder and no provided model. Give a run folder, or one of: {names}."
         )
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from pairdiff_core import pipeline, provided
+from pairdiff_core.checkpoints import CheckpointError
 from pairdiff_core.data import grid_affine
 from pairdiff_core.pairs import DataError, resize_labels
 from pairdiff_core.profiles import Profile
@@ -63,7 +64,7 @@ def load_trained(run: str | Path, network: str = "synthetic") -> Trained:
         path.stem.removeprefix("registration-") for path in folder.glob("registration-*.safetensors")
     )
     if network not in there:
-        raise provided.CheckpointError(
+        raise CheckpointError(
             f"{folder} holds no network {network!r}; it holds: {', '.join(there) or 'none'}. Choose by --network, or "
             "train it."
         )
@@ -185,6 +186,14 @@ def differences(pair: VolumePair, trained: Trained) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- registration
+
+
+def with_steps(profile: Profile, steps: int | None) -> Profile:
+    """The profile with so many steps at each level of its no-training optimiser; None leaves it as it is."""
+    if steps is None:
+        return profile
+    levels = tuple(level._replace(steps=steps) for level in profile.registration.baseline)
+    return replace(profile, registration=replace(profile.registration, baseline=levels))
 
 
 def register_without_training(labels: torch.Tensor, num_labels: int, profile: Profile) -> Deformation:
