@@ -135,7 +135,7 @@ class Sampling(NamedTuple):
 
 def coarsening(spatial: Sequence[int], usual: Sequence[int]) -> int:
     """How many times coarser a volume has to be to have about as many voxels as the ``usual`` grid; 1 at least."""
-    return max(1, math.floor((math.prod(spatial) / math.prod(usual)) ** (1 / len(usual))))
+    return max(1, math.floor((math.prod(spatial) / math.prod(usual)) ** (1 / len(usual)) + 1e-6))
 
 
 def sampling(spatial: Sequence[int], spacing: Sequence[float], trained: Trained) -> Sampling:
