@@ -152,11 +152,11 @@ def sampling(spatial: Sequence[int], spacing: Sequence[float], trained: Trained)
     fits = min(wanted) >= smallest / 2 and math.prod(wanted) <= LARGEST * voxels and min(ratio) >= FINEST
     if not fits:
         ratio = [float(coarsening(spatial, trained.profile.spatial))] * len(spatial)
-    grid = tuple(
-        max(_up(size / times, multiple), smallest) for size, times in zip(spatial, ratio, strict=True)
-    )
+    grid = [max(_up(size / times, multiple), smallest) for size, times in zip(spatial, ratio, strict=True)]
+    if max(grid) < 2 * smallest:  # one voxel at the U-Net's coarsest level, which it cannot normalise
+        grid[grid.index(max(grid))] = 2 * smallest
     padded = [max(size, round(new * times)) for size, new, times in zip(spatial, grid, ratio, strict=True)]
-    return Sampling(grid, tuple(padded), fits)
+    return Sampling(tuple(grid), tuple(padded), fits)
 
 
 def _nearly_whole(ratio: float) -> float:

@@ -237,7 +237,8 @@ def write_field(path: str | Path, pair: VolumePair, displacement: torch.Tensor, 
     Args:
         form: "itk", float32 (X, Y, Z, 1, 3) with the intent "vector": millimetres along LPS axes, which ITK, SimpleITK
             and ANTs read as a displacement field; "l2r", float32 (X, Y, Z, 3) in voxels along the array's axes, as in
-            Learn2Reg. A slice gets an axis of one voxel and a third component 0.
+            Learn2Reg. A slice gets an axis of one voxel and a third component 0; SimpleITK reads the field
+            of an (X, Y, 1) as flat, until ``sitk.JoinSeries(field)`` and ``CopyInformation(fixed)``.
 
     Raises:
         DataError: as :func:`write_whole`.

@@ -90,8 +90,8 @@ def test_a_finer_volume_is_seen_at_the_millimetres_of_training(lungs, times):
     coarse = register_by_network(labels, (4.0, 4.0, 4.0), trained).displacement
     found = register_by_network(fine, header, trained).displacement
     assert found.shape[2:] == fine.shape[1:] and coarse.shape[2:] == labels.shape[1:]
-    inside = (..., *[slice(times, -times)] * 3)  # at the cut border one has padding to interpolate with
-    torch.testing.assert_close(found[inside], resize_field(coarse, fine.shape[1:])[inside], atol=0.02, rtol=0)
+    apart = (found - resize_field(coarse, fine.shape[1:])).abs()  # interpolated once here, twice there
+    assert apart.mean() < 0.02 * found.abs().mean() and apart.max() < 0.05 * found.abs().max()
 
 
 def test_labels_get_to_a_networks_grid_as_its_training_data_did(lungs):
@@ -114,7 +114,7 @@ def test_maps_are_those_of_the_stages_label_by_label():
         ((64, 52, 64), (4.0, 4.0, 4.0), (64, 52, 64), (64, 52, 64), True),
         ((320, 250, 353), (1.0, 0.998, 1.002), (80, 64, 92), (320, 256, 368), True),
         ((32, 32, 32), (4.0, 4.0, 8.0), (32, 32, 64), (32, 32, 32), True),
-        ((40, 40, 40), (0.1, 0.1, 0.1), (40, 40, 40), (40, 40, 40), False),  # a speck of a lung
+        ((40, 40, 40), (0.1, 0.1, 0.1), (64, 40, 40), (64, 40, 40), False),  # a speck of a lung
         (
             (64, 64, 64),
             (40.0, 40.0, 40.0),
@@ -123,7 +123,7 @@ def test_maps_are_those_of_the_stages_label_by_label():
             False,
         ),  # would be 512 times the voxels
         ((256, 208, 256), (0.1, 0.1, 0.1), (64, 52, 64), (256, 208, 256), False),
-        ((3, 5, 7), (4.0, 4.0, 4.0), (32, 32, 32), (32, 32, 32), False),
+        ((3, 5, 7), (4.0, 4.0, 4.0), (64, 32, 32), (64, 32, 32), False),
     ],
 )
 def test_sampling(lungs, spatial, spacing, grid, padded, as_trained):
