@@ -206,7 +206,7 @@ def register_without_training(labels: torch.Tensor, num_labels: int, profile: Pr
     settings, spatial = profile.registration, tuple(labels.shape[1:])
     coarser = coarsening(spatial, profile.spatial)
     block = coarser * math.lcm(*(level.scale * level.control for level in settings.baseline))
-    padded = [max(_up(size, block), 2 * block) for size in spatial]  # one voxel has no gradient
+    padded = [_up(size, block) for size in spatial]
     fixed, moving = _maps(labels, padded, num_labels, coarser)
     found = register_multilevel(
         fixed, moving, settings.baseline, smoothness=settings.smoothness, squarings=settings.squarings
