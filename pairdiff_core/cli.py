@@ -170,6 +170,9 @@ def register(
         labels, num_labels = volume_registration.network_labels(pair, trained), trained.profile.num_labels
         for difference in volume_registration.differences(pair, trained):
             typer.echo(f"note: {difference}", err=True)
+    if sys.stderr.isatty():  # volumes of CT take minutes
+        size = " x ".join(map(str, pair.spatial))
+        typer.echo(f"registering {size} voxels, {num_labels} labels ...", err=True)
     started = time.perf_counter()
     if trained is None:
         profile = volume_registration.with_steps(get_profile("laptop", len(pair.spatial)), steps)
