@@ -10,6 +10,7 @@ there is taken from it instead of being trained (:func:`pairdiff_core.runs.load_
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,12 @@ import torch
 from torch import nn
 
 from pairdiff_core import pipeline, results, vqae
-from pairdiff_core.checkpoints import load_checkpoint, load_into, provenance, save_checkpoint
+from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, load_into, provenance, save_checkpoint
 from pairdiff_core.data import DATASETS
 from pairdiff_core.fields import warp_labels
 from pairdiff_core.metrics import mean_dice
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Profile, get_profile
+from pairdiff_core.profiles import Level, Profile, RegistrationProfile, get_profile
 from pairdiff_core.runs import Run, Stage, fingerprint
 from pairdiff_core.training import best_device
 
@@ -33,6 +34,7 @@ STAGES: dict[str, Callable[[Profile], nn.Module]] = {
     "denoiser": pipeline.new_denoiser,
     "registration-synthetic": pipeline.new_registration,
 }
+MODELS = Path(__file__).parent.parent / "models"  # in a checkout; an installed package has none
 PHANTOMS = {2: "phantom2d", 3: "phantom3d"}
 PHANTOM_PAIRS = {2: 6, 3: 2}  # drawn pairs that a model is tried on, where no data are needed
 
@@ -62,19 +64,68 @@ def load(folder: str | Path) -> dict[str, Stage]:
     Raises:
         CheckpointError: if a file is missing or damaged, or was made with another profile than this version has.
     """
-    stages = {}
-    for name, new_model in STAGES.items():
-        path = Path(folder) / f"{name}.safetensors"
-        metadata = load_checkpoint(path)[1]
+    return {name: load_stage(folder, name, new_model)[1] for name, new_model in STAGES.items()}
+
+
+def load_stage(
+    folder: str | Path, name: str, new_model: Callable[[Profile], nn.Module]
+) -> tuple[Profile, Stage]:
+    """One network of a run folder or provided model, ready to use, and its profile; no data are needed.
+
+    The profile's registration settings are those that a registration network was trained with: scale and squarings
+    leave no trace in its weights, but other ones would give other fields.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    metadata = load_checkpoint(path)[1]
+    try:
         profile = get_profile(metadata["provenance"]["profile"], DATASETS[metadata["dataset"]])
-        model = new_model(profile)
-        load_into(model, path)
-        model.to(best_device()).eval()
-        weights = fingerprint(*model.state_dict().values())
-        stages[name] = Stage(
-            model, metadata["history"], metadata["seconds"], loaded=True, fingerprint=weights
+        if name.startswith("registration-"):
+            profile = replace(profile, registration=_registration_of(metadata["config"]["numbers"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not tell how it was made ({error}). Train it again.") from error
+    model = new_model(profile)
+    load_into(model, path)
+    model.to(best_device()).eval()
+    weights = fingerprint(*model.state_dict().values())
+    return profile, Stage(model, metadata["history"], metadata["seconds"], loaded=True, fingerprint=weights)
+
+
+def _registration_of(numbers: dict[str, Any]) -> RegistrationProfile:
+    """The settings as a checkpoint describes them, where tuples have become lists."""
+    levels = {
+        "instance": Level(*numbers["instance"]),
+        "baseline": tuple(Level(*row) for row in numbers["baseline"]),
+    }
+    return RegistrationProfile(**{**numbers, **levels, "channels": tuple(numbers["channels"])})
+
+
+def folders() -> list[Path]:
+    """The provided models here: those in the folder that PAIRDIFF_MODELS names, then in ``models`` of the project."""
+    places = [Path(place) for place in (os.environ.get("PAIRDIFF_MODELS"), MODELS) if place]
+    return [
+        file.parent for place in places for file in sorted(place.glob("*/registration-synthetic.safetensors"))
+    ]
+
+
+def find(run: str | Path) -> Path:
+    """The folder that ``run`` means: that folder itself, else the provided model of that name, as "oasis2d-laptop".
+
+    Raises:
+        CheckpointError: if there is neither; the message lists the provided models.
+    """
+    if Path(run).is_dir():
+        return Path(run)
+    models = folders()
+    found = next((folder for folder in models if folder.name == str(run)), None)
+    if found is None:
+        names = ", ".join(sorted({folder.name for folder in models})) or "(none)"
+        raise CheckpointError(
+            f"{run} is no folder and no provided model. Give a run folder, or one of: {names}."
         )
-    return stages
+    return found
 
 
 def measure(run: Run, folder: str | Path) -> dict[str, Any]:

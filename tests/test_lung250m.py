@@ -137,7 +137,7 @@ def test_raw_test_volumes_serve_where_there_are_no_others(lung_folder: Path) -> 
 def test_find_lung250m(
     lung_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data_set: None
 ) -> None:
-    with pytest.raises(DataError, match="fetch_lung250m"):
+    with pytest.raises(DataError, match="pairdiff fetch lung250m"):
         lung250m.find_lung250m()
     assert lung250m.find_lung250m(lung_folder) == lung250m.find_lung250m(tmp_path) == lung_folder
     for place in (lung_folder, tmp_path):

@@ -180,7 +180,7 @@ def test_a_folder_that_does_not_exist(
         with pytest.raises(DataError, match="nowhere is not a folder"):
             load()
     monkeypatch.setenv("PAIRDIFF_DATA", str(missing))
-    with pytest.raises(DataError, match="nowhere.*PAIRDIFF_DATA.*fetch_oasis2d"):
+    with pytest.raises(DataError, match="nowhere.*PAIRDIFF_DATA.*pairdiff fetch oasis2d"):
         oasis.find_oasis()
     assert not missing.exists()
 

@@ -8,12 +8,21 @@ slices from a folder in the neurite-oasis layout. ``phantom3d`` are drawn lungs,
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pairdiff_core.data.lung250m import LABELS, find_lung250m, load_lung250m_pairs, lungs_below
+import numpy as np
+
+from pairdiff_core.data.lung250m import (
+    LABELS,
+    find_lung250m,
+    load_lung250m_pairs,
+    lungs_below,
+    pooling_factor,
+)
 from pairdiff_core.data.oasis import find_oasis, load_oasis_pairs, slices_below
-from pairdiff_core.data.phantom import brain_pairs
+from pairdiff_core.data.phantom import LABEL_TABLES, SPATIAL, brain_pairs
 from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.pairs import DataError, PairSet
 
@@ -21,7 +30,7 @@ DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name
 SPLITS = ("train", "test")
 FIRST_TEST_PHANTOM = 5_000  # phantom subjects are numbered; training ones never get this far
 
-__all__ = ["DATASETS", "SPLITS", "default_dataset", "load_pairs"]
+__all__ = ["DATASETS", "SPLITS", "default_dataset", "grid_affine", "label_names", "load_pairs"]
 
 
 class DataSizes(Protocol):
@@ -120,3 +129,36 @@ def load_pairs(
         subjects=subjects,
         first_subject=first,
     )
+
+
+def label_names(dataset: str, num_labels: int) -> tuple[str, ...]:
+    """Names of the labels of a data set, index = label value, as far as they are known without the data.
+
+    Raises:
+        KeyError: for an unknown data set, or slices that do not have so many labels.
+    """
+    table = LABELS if DATASETS[dataset] == 3 else LABEL_TABLES[num_labels]
+    return tuple(name for name, _ in table)
+
+
+def grid_affine(dataset: str, spatial: Sequence[int]) -> np.ndarray:
+    """Voxel-to-world matrix (4, 4), mm, RAS, of a data set's common field of view on a grid; no data are needed.
+
+    Lungs: axis 0 to the patient's left, 1 to the back, 2 upwards, so that a viewer shows them as it does the original
+    files. Slices, coronal: axis 0 to the right, 1 downwards, and one of 1 mm to the front. Millimetre 0 is the
+    centre of the first voxel of the field of view at 1 mm, whatever the grid.
+
+    Raises:
+        DataError: for a grid of the lungs that is not one of the frame's.
+        KeyError: for an unknown data set.
+    """
+    if DATASETS[dataset] == 3:
+        spacing = [float(pooling_factor(spatial))] * 3
+        directions = np.diag([-1.0, -1.0, 1.0])  # a column for each array axis
+    else:
+        spacing = [*(mm / size for mm, size in zip(SPATIAL, spatial, strict=True)), 1.0]
+        directions = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])
+    affine = np.eye(4)
+    affine[:3, :3] = directions * spacing
+    affine[:3, 3] = directions @ ((np.array(spacing) - 1) / 2)
+    return affine

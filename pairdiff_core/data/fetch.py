@@ -63,12 +63,13 @@ LUNG_TERMS = (
 )
 
 
-def fetch_oasis2d(to: str | Path, *, remote: Remote = OASIS2D) -> Path:
+def fetch_oasis2d(to: str | Path, *, remote: Remote = OASIS2D, progress: bool = True) -> Path:
     """Download and unpack neurite-oasis 2D (24 MB, 414 subjects) unless it is there already.
 
     Args:
         to: folder to put it in; set PAIRDIFF_DATA to the same.
         remote: the archive; another one is only of use for a mirror.
+        progress: whether to show a bar.
 
     Returns:
         The folder with the slices, ``to/neurite-oasis.2d.v1.0``.
@@ -80,7 +81,7 @@ def fetch_oasis2d(to: str | Path, *, remote: Remote = OASIS2D) -> Path:
     if (folder / "subjects.txt").is_file():
         return folder
     print(OASIS_TERMS)
-    archive = fetch(remote, folder.parent)
+    archive = fetch(remote, folder.parent, progress=progress)
     return unpack(archive, folder, must_hold="subjects.txt")
 
 
@@ -94,7 +95,7 @@ def lung250m_files() -> tuple[Remote, ...]:
     return tuple(Remote(f"{base}/{path}", f"sha256:{digest}", path) for path, digest in rows)
 
 
-def fetch_lung250m(to: str | Path, *, remotes: Sequence[Remote] | None = None) -> Path:
+def fetch_lung250m(to: str | Path, *, remotes: Sequence[Remote] | None = None, progress: bool = True) -> Path:
     """Download the lung vessels (12 MB, 10 training, 17 validation and 10 test pairs), as far as they are not there.
 
     A file that is there with the right hash is not fetched again, a broken one is. Until all is there the folder is
@@ -103,6 +104,7 @@ def fetch_lung250m(to: str | Path, *, remotes: Sequence[Remote] | None = None) -
     Args:
         to: folder to put them in; set PAIRDIFF_DATA to the same.
         remotes: the files, ``file_name`` being the path below the folder; others are only of use for a mirror.
+        progress: whether to show a bar.
 
     Returns:
         The folder with the volumes, ``to/lung250m``.
@@ -119,7 +121,7 @@ def fetch_lung250m(to: str | Path, *, remotes: Sequence[Remote] | None = None) -
     level = log.level
     log.setLevel("WARNING")  # else two lines a file
     try:
-        for remote in tqdm(remotes, desc=LUNG_FOLDER, unit="file"):
+        for remote in tqdm(remotes, desc=LUNG_FOLDER, unit="file", disable=not progress):
             target = working / remote.file_name
             fetch(replace(remote, file_name=target.name), target.parent, progress=False)
     except FetchError as error:

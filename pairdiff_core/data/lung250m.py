@@ -73,7 +73,7 @@ def find_lung250m(data: str | Path | None = None) -> Path:
         DataError: if there is none; the message says how to get the data.
     """
     how_to = (
-        "Fetch the vessels with `pairdiff_core.data.fetch.fetch_lung250m(folder)` and set PAIRDIFF_DATA to that "
+        "Fetch the vessels with `pairdiff fetch lung250m --to FOLDER` and set PAIRDIFF_DATA to that "
         "folder; 'phantom3d' needs no data."
     )
     places = {"data": data, "PAIRDIFF_DATA": os.environ.get("PAIRDIFF_DATA")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import logging
+import math
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from nibabel.wrapstruct import WrapStructError
 from pairdiff_core.pairs import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # else a line beside each error that it raises
 
 
 def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
@@ -34,6 +37,13 @@ def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
         image = nib.Nifti1Image.from_bytes(content)
     except (ImageFileError, HeaderDataError, WrapStructError) as error:
         raise DataError(f"{path} is not a NIfTI image ({error}). Fetch or export it again.") from error
+    # before nibabel makes room for what a wrong header promises, which may be more than the memory has
+    needed = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+    if len(content) < needed:
+        raise DataError(
+            f"{path} is truncated: it has fewer voxels than its header says ({len(content)} of {needed} bytes). "
+            "Fetch it again."
+        )
     try:
         values = np.asanyarray(image.dataobj)
     except (EOFError, OSError, ValueError) as error:

@@ -68,7 +68,7 @@ def find_oasis(data: str | Path | None = None) -> Path:
         DataError: if there is none; the message says how to get the data.
     """
     how_to = (
-        "Fetch the slices with `pairdiff_core.data.fetch.fetch_oasis2d(folder)` and set PAIRDIFF_DATA to "
+        "Fetch the slices with `pairdiff fetch oasis2d --to FOLDER` and set PAIRDIFF_DATA to "
         "that folder, or set PAIRDIFF_OASIS2D to a folder of the same layout; 'phantom2d' needs no data."
     )
     places = {"data": data} | {name: os.environ.get(name) for name in ("PAIRDIFF_OASIS2D", "PAIRDIFF_DATA")}
