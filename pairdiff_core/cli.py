@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from pairdiff_core import evaluation, provided, volume_registration, volumes
+from pairdiff_core import evaluation, pipeline, processes, provided, volume_registration, volumes
 from pairdiff_core.checkpoints import CheckpointError, provenance
 from pairdiff_core.data import DATASETS, fetch
 from pairdiff_core.data.lung250m import find_lung250m
@@ -27,10 +28,13 @@ from pairdiff_core.export import export_pairs
 from pairdiff_core.metrics import mean_dice
 from pairdiff_core.pairs import DataError
 from pairdiff_core.profiles import PROFILES, Profile, get_profile
-from pairdiff_core.results import write_results
+from pairdiff_core.results import measure, write_results
+from pairdiff_core.resume import Paused, pausing
 from pairdiff_core.runs import Run, open_run
 from pairdiff_core.training import best_device
 
+StageName = StrEnum("StageName", [(name, name) for name in ("all", *pipeline.STAGES, "evaluate")])
+DeviceName = StrEnum("DeviceName", ["cpu", "cuda"])
 DatasetName = StrEnum("DatasetName", list(DATASETS))
 ProfileName = StrEnum("ProfileName", list(PROFILES[2]))
 FormatName = StrEnum("FormatName", list(volumes.FORMATS))
@@ -57,7 +61,10 @@ class Commands(TyperGroup):
             _fail(f"{where}{error.strerror or error}. Look whether it is there, readable and not full.")
 
 
-LESS_MEMORY = "Take a smaller profile (--profile quick), or coarser or cropped volumes, or no --run."
+LESS_MEMORY = (
+    "Take a smaller profile (--profile quick), coarser or cropped volumes, or no network; to train at this profile, "
+    "lower the stage's batch in pairdiff_core/profiles.py."
+)
 
 
 def _fail(message: str) -> None:
@@ -133,6 +140,78 @@ def fetch_data(
     download = {"oasis2d": fetch.fetch_oasis2d, "lung250m": fetch.fetch_lung250m}[dataset.value]
     folder = download(to, progress=sys.stderr.isatty())
     typer.echo(f"{dataset.value} is in {folder}; to use it: export PAIRDIFF_DATA={to.absolute()}")
+
+
+# --------------------------------------------------------------------------------------------------- run
+
+
+@app.command("run")
+def run_stages(
+    stage: Annotated[StageName, typer.Argument(help="The last one; what is missing before it is made, too.")],
+    dataset: Annotated[DatasetName, typer.Option(help="What to learn from.")],
+    run: Annotated[Path, typer.Option(help="Run folder, made if it is not there.")],
+    profile: Annotated[
+        ProfileName | None, typer.Option(help="How large; default: PAIRDIFF_PROFILE, else quick.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the real data; default: the environment variables.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="New pairs to make; default: the profile's.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Keep what is done and end after so many.")
+    ] = None,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Keep what is done every so many.")] = 5.0,
+    device: Annotated[
+        DeviceName | None, typer.Option(help="Default: PAIRDIFF_DEVICE, else a GPU if there is one.")
+    ] = None,
+) -> None:
+    """Run the stages of the method up to one of them. Repeated, the command goes on where it stopped.
+
+    What was reached is kept after --max-minutes, Ctrl-C or SIGTERM, and every few minutes against all else. Started by
+    torchrun, several processes share the work.
+
+    \b
+    Example:
+      pairdiff run all --dataset phantom2d --profile quick --run runs/mine
+      torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run runs/two
+    """
+    if device is not None:
+        os.environ["PAIRDIFF_DEVICE"] = device.value
+    try:
+        best_device()
+    except ValueError as error:
+        _fail(str(error))
+    numbers = _profile(dataset.value, profile, default="quick")
+    if pairs is not None:
+        numbers = replace(numbers, synthesis=replace(numbers.synthesis, pairs=pairs))
+    with pausing(max_minutes) as reason:
+        work = Run(dataset.value, numbers, seed, run, data, save_minutes, reason)
+        try:
+            with work.working():
+                _run(work, stage.value)
+        except FloatingPointError as error:
+            _fail(str(error))
+        except Paused as paused:
+            if processes.rank() == 0:
+                typer.echo(
+                    f"{paused}. {run} keeps what is done; the same command goes on from there.", err=True
+                )
+            raise typer.Exit(
+                1 if "came" in (reason() or "") else 0
+            ) from None  # a signal, or the time that was given
+
+
+def _run(work: Run, stage: str) -> None:
+    made = pipeline.make(work, stage if stage in pipeline.STAGES else pipeline.STAGES[-1])
+    if stage in ("all", "evaluate") and processes.rank() == 0:
+        measured = measure(work, made)
+        write_results(work.path / "metrics.json", measured)
+        for name, value in measured["summary"].items():
+            typer.echo(f"{name:26} {'-' if value is None else f'{value:.4g}'}")
+        typer.echo(f"written to {work.path / 'metrics.json'}")
 
 
 # ---------------------------------------------------------------------------------------------- register
@@ -263,13 +342,15 @@ def evaluate(
         typer.echo(f"written to {json}")
 
 
-def _profile(dataset: str, name: ProfileName | None, own: Run | None) -> Profile:
+def _profile(
+    dataset: str, name: ProfileName | None, own: Run | None = None, default: str = "laptop"
+) -> Profile:
     """The profile of that name, else the run's if it has the dimensions, else what the environment names."""
     dims = DATASETS[dataset]
     if name is None and own is not None and DATASETS[own.dataset] == dims:
         return own.profile
     try:
-        return get_profile(name.value if name else os.environ.get("PAIRDIFF_PROFILE") or "laptop", dims)
+        return get_profile(name.value if name else os.environ.get("PAIRDIFF_PROFILE") or default, dims)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="PAIRDIFF_PROFILE") from error
 
@@ -300,11 +381,6 @@ def export(
     """
     folder = export_pairs(run, to, progress=sys.stderr.isatty())
     typer.echo(f"{len(list(folder.glob('imagesTr/*'))) // 2} pairs are in {folder}")
-
-
-# --------------------------------------------------------------------------------------------------- run
-# The long runs go here: `run_app = typer.Typer(...)` with its commands, then `app.add_typer(run_app, name="run")`.
-# Commands above catches its expected errors, too.
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ What is read is checked before anything is computed; what is written appears who
 from __future__ import annotations
 
 import gzip
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pairdiff_core.checkpoints import write_file
 from pairdiff_core.data.nifti import read_label_image
 from pairdiff_core.fields import to_itk, to_learn2reg, warp_labels
 from pairdiff_core.pairs import DataError
@@ -190,35 +190,11 @@ def check_writable(path: str | Path) -> None:
         raise DataError(f"{path} cannot be written ({error.strerror}). Is the folder read-only?") from error
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file aside and rename it: a reader sees the old one or the new one, never a piece of it.
-
-    Raises:
-        DataError: if it cannot be written; an older file then is still there.
-    """
-    path, temporary = Path(path), None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # temporary files are private, results are not
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(
-            f"{path} could not be written ({error.strerror}). Is the disk full or the folder read-only?"
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)  # gone already if it was renamed
-
-
 def write_nifti(path: str | Path, values: np.ndarray, affine: np.ndarray, intent: str = "none") -> None:
     """Write values (X, Y, Z, ...) with their voxel-to-world matrix (4, 4), mm, RAS; compressed for ``.nii.gz``.
 
     Raises:
-        DataError: as :func:`write_whole`.
+        CheckpointError: if it cannot be written; an older file then is still there.
     """
     image = nib.Nifti1Image(values, affine, dtype=values.dtype)  # named, else nibabel refuses 64-bit integers
     image.header.set_xyzt_units("mm")
@@ -228,7 +204,7 @@ def write_nifti(path: str | Path, values: np.ndarray, affine: np.ndarray, intent
     if not np.allclose(image.get_qform(), affine, atol=1e-3):  # sheared: a qform cannot say so
         image.set_qform(None, code="unknown")
     content = image.to_bytes()
-    write_whole(path, gzip.compress(content, 1, mtime=0) if str(path).endswith(".gz") else content)
+    write_file(Path(path), gzip.compress(content, 1, mtime=0) if str(path).endswith(".gz") else content)
 
 
 def write_field(path: str | Path, pair: VolumePair, displacement: torch.Tensor, form: str = "itk") -> None:
@@ -241,7 +217,7 @@ def write_field(path: str | Path, pair: VolumePair, displacement: torch.Tensor, 
             of an (X, Y, 1) as flat, until ``sitk.JoinSeries(field)`` and ``CopyInformation(fixed)``.
 
     Raises:
-        DataError: as :func:`write_whole`.
+        CheckpointError: as :func:`write_nifti`.
         ValueError: for another ``form``.
     """
     if form not in FORMATS:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from pairdiff_core import cli, evaluation, pipeline, volume_registration
 from pairdiff_core.data import fetch
 
 SHAPE = (20, 18, 16)
-COMMANDS = ("info", "fetch", "register", "evaluate", "export")
+COMMANDS = ("info", "fetch", "run", "register", "evaluate", "export")
 BOUNDED = settings(
     deadline=None,
     derandomize=True,  # the same cases each time: a failure is the change's, not the dice's
@@ -185,6 +187,75 @@ def test_fetch_that_fails(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- register
+
+
+def test_a_run_that_is_paused_goes_on(small, tmp_path):
+    """Each time one step further; in the end the folder tells everything."""
+    command = ("run", "all", "--dataset", "phantom2d", "--run", tmp_path, "--pairs", 9)
+    for step in (1, 2):
+        paused = call(*command, "--max-minutes", 0)
+        assert paused.exit_code == 0 and f"0 minutes are over: paused after step {step}" in paused.stderr
+        assert f"{tmp_path} keeps what is done; the same command goes on" in paused.stderr
+    assert not (tmp_path / "vqae.safetensors").exists()
+    assert call("run", "tokens", *command[2:]).exit_code == 0
+    assert (tmp_path / "tokens.safetensors").exists() and not (tmp_path / "denoiser.safetensors").exists()
+    done = call(*command)
+    assert done.exit_code == 0, done.output
+    assert f"vqae: found in {tmp_path.name}" in done.stdout and "denoiser: trained in" in done.stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["synthetic"]["pairs"] == 9
+    assert f"dice_synthetic             {metrics['summary']['dice_synthetic']:.4g}" in done.stdout
+    for name in ("config.json", "log.csv", "provenance.json", "registration-synthetic.safetensors"):
+        assert (tmp_path / name).exists()
+    fails(call(*command, "--seed", 1), f"{tmp_path} holds another run (seed 0)")
+    fails(
+        call("run", "all", "--dataset", "phantom3d", "--run", tmp_path),
+        "holds another run (dataset phantom2d)",
+    )
+    fails(call(*command[:-1], 8), "synthesis.safetensors was made with other settings (numbers differ")
+
+
+def test_a_signal_pauses_and_says_so(tmp_path, no_data_set):
+    command = [
+        sys.executable,
+        "-m",
+        "pairdiff_core",
+        "run",
+        "vqae",
+        "--dataset",
+        "phantom2d",
+        "--profile",
+        "quick",
+    ]
+    run = subprocess.Popen(
+        [*command, "--run", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    out, said = run.communicate(timeout=60)
+    assert run.returncode == 1 and out == ""
+    assert len(said.splitlines()) == 1 and said.startswith("SIGTERM came: paused after step")
+    assert (tmp_path / "run" / "vqae.part").exists()
+
+
+def test_runs_that_cannot_be(small, tmp_path, monkeypatch):
+    command = ("run", "vqae", "--dataset", "phantom2d", "--run", tmp_path / "run")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PAIRDIFF_DEVICE", "")  # so that it is restored after the test
+    fails(call(*command, "--device", "cuda"), "asks for cuda, but torch finds no GPU")
+    monkeypatch.setenv("PAIRDIFF_DEVICE", "")
+    fails(call("run", "everything", *command[2:]), "'everything'", code=2)
+    fails(call(*command, "--profile", "huge"), "'huge'", code=2)
+    (tmp_path / "file").write_text("")
+    fails(call(*command[:-1], tmp_path / "file" / "run"), "file/run cannot be written")
+
+    def overflow(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "train_vqae", overflow)
+    fails(call(*command), "memory ran out", "smaller profile", "batch")
 
 
 @pytest.mark.parametrize("form", ["itk", "l2r"])

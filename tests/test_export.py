@@ -31,7 +31,7 @@ def finished(request, tmp_path, monkeypatch):
     grid = autoencoder.model.token_grid(run.profile.spatial)
     tokens = torch.randint(0, 16, (NUMBER, *grid), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     config = {"autoencoder": autoencoder.fingerprint}
-    runs.load_or_make(run, "synthesis", config, lambda: tokens)
+    runs.load_or_make(run, "synthesis", config, lambda piece: tokens)
     monkeypatch.setattr(runs.data_sets, "load_pairs", None)  # no data are needed from here on
     return run, vqae.decode_labels(autoencoder.model, tokens)
 
@@ -102,7 +102,7 @@ def test_nothing_is_written_over_or_by_half(finished, tmp_path, monkeypatch):
 def test_tokens_of_another_autoencoder_are_refused(finished, tmp_path):
     run, _ = finished
     (run.path / "synthesis.safetensors").unlink()
-    runs.load_or_make(run, "synthesis", {"autoencoder": "another"}, lambda: torch.zeros(1, 6, 10))
+    runs.load_or_make(run, "synthesis", {"autoencoder": "another"}, lambda piece: torch.zeros(1, 6, 10))
     with pytest.raises(CheckpointError, match="synthesis.safetensors was made with another autoencoder"):
         export_pairs(run.path, tmp_path / "pairs")
     (run.path / "synthesis.safetensors").unlink()

@@ -15,6 +15,7 @@ from monai.networks.blocks import Warp
 from scipy.ndimage import map_coordinates
 
 from pairdiff_core import fields, volumes
+from pairdiff_core.checkpoints import CheckpointError
 from pairdiff_core.pairs import DataError
 
 SHAPE = (20, 24, 18)
@@ -317,8 +318,8 @@ def test_a_write_that_fails_leaves_the_older_file_and_nothing_else(tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(volumes.os, function, full)
-    with pytest.raises(DataError, match="field.nii.gz could not be written .No space left"):
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(CheckpointError, match="field.nii.gz could not be written .*No space left"):
         volumes.write_nifti(path, boxes(), STRAIGHT)
     assert path.read_bytes() == b"older" and os.listdir(tmp_path) == ["field.nii.gz"]
 
