@@ -149,7 +149,14 @@ def fetch_data(
 def run_stages(
     stage: Annotated[StageName, typer.Argument(help="The last one; what is missing before it is made, too.")],
     dataset: Annotated[DatasetName, typer.Option(help="What to learn from.")],
-    run: Annotated[Path, typer.Option(help="Run folder, made if it is not there.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            "--run-folder",  # torchrun takes --run for one of its own options
+            help="Run folder, made if it is not there; default: the one that the notebooks use.",
+        ),
+    ] = None,
     profile: Annotated[
         ProfileName | None, typer.Option(help="How large; default: PAIRDIFF_PROFILE, else quick.")
     ] = None,
@@ -176,7 +183,7 @@ def run_stages(
     \b
     Example:
       pairdiff run all --dataset phantom2d --profile quick --run runs/mine
-      torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run runs/two
+      torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run-folder runs/two
     """
     if device is not None:
         os.environ["PAIRDIFF_DEVICE"] = device.value
@@ -197,7 +204,8 @@ def run_stages(
         except Paused as paused:
             if processes.rank() == 0:
                 typer.echo(
-                    f"{paused}. {run} keeps what is done; the same command goes on from there.", err=True
+                    f"{paused}. {work.path} keeps what is done; the same command goes on from there.",
+                    err=True,
                 )
             raise typer.Exit(
                 1 if "came" in (reason() or "") else 0

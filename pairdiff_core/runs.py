@@ -115,7 +115,8 @@ class Run:
             num_nodes=processes.count() // here,
             precision=precision,
         )
-        fabric.launch()
+        if "LT_CLI_USED" not in os.environ:  # Fabric's own launcher has done so
+            fabric.launch()
         return fabric
 
     @contextmanager
