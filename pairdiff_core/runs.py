@@ -216,9 +216,8 @@ def load_or_train(
             metadata = load_into(model, path)
             check_config(path, metadata.get("config", {}), config)
             _tell(f"{name}: found in {run.path.name}, not trained again")
-            (run.path / f"{name}.part").unlink(
-                missing_ok=True
-            )  # left if killed between the last two lines below
+            # left behind if the process was killed between saving and removing
+            (run.path / f"{name}.part").unlink(missing_ok=True)
         elif given is not None:
             metadata = load_into(model, given)
             _tell(f"{name}: not trained here but taken from {given}")
