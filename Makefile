@@ -57,10 +57,11 @@ test: test-core test-notebooks ## test the core, then run every cell of the note
 test-core: $(INSTALLED) ## test the core only
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --durations=10 tests # its tensors are too small for two threads
 
-# One process, in chapter order, one new run folder: a chapter finds the models of the one before it, never older ones.
+# One process, in chapter order, one new run folder: a chapter finds the models of the one before it, never older ones,
+# unless RUNS names a folder that has them.
 test-notebooks: $(INSTALLED) ## run every cell of the notebooks only
 	@runs="$$(mktemp -d)"; trap 'rm -rf "$$runs"' EXIT; \
-	PAIRDIFF_RUNS="$$runs" $(PYTHON) -m pytest --nbval-lax --nbval-current-env --durations=10 -p no:cacheprovider $(NOTEBOOKS)
+	PAIRDIFF_RUNS="$${RUNS:-$$runs}" $(PYTHON) -m pytest --nbval-lax --nbval-current-env --durations=10 -p no:cacheprovider $(NOTEBOOKS)
 
 # The text is the source; JupyterLab saves both files when you edit there. Committed outputs are always those of the quick profile on phantoms, whatever the caller's settings are.
 sync: $(INSTALLED) ## make the notebooks (.ipynb) of the chapters' text (.md), and run them in place
