@@ -182,17 +182,13 @@ def synthesise(
     if known is not None and numbers.keep is None:
         raise ValueError(f"the profile {run.profile.name!r} has no share to keep: set synthesis.keep, 0 to 1")
 
-    def first(count: int, random: torch.Generator) -> torch.Tensor:
-        if known is None:
-            return torch.full((count, model.length), model.mask_token, device=device)
-        chosen = torch.randint(len(known), (count,), generator=random, device=device).cpu()
-        tokens = known[chosen].flatten(1).long().to(device)
-        together = run.profile.vqae.groups or 1
-        return absorbing.mask_places(tokens, numbers.keep, together, model.mask_token, random)
-
     def make(piece: int) -> torch.Tensor:
+        count = min(PAIRS_A_PIECE, numbers.pairs - piece * PAIRS_A_PIECE)
         random = generator(run.seed_of(stage), "piece", piece, device=device)
-        tokens = first(min(PAIRS_A_PIECE, numbers.pairs - piece * PAIRS_A_PIECE), random)
+        if known is None:
+            tokens = torch.full((count, model.length), model.mask_token, device=device)
+        else:
+            tokens = _draw_start(run, known, count, random).tokens
         with run.fabric("synthesis").autocast():
             *_, tokens = absorbing.reveal(
                 model, tokens, model.mask_token, random, numbers.steps, numbers.temperature
@@ -206,6 +202,30 @@ def synthesise(
         "known": None if known is None else fingerprint(known),
     }
     return load_or_make(run, stage, config, make, -(-numbers.pairs // PAIRS_A_PIECE))
+
+
+class Start(NamedTuple):
+    """What completed pairs begin from."""
+
+    source: torch.Tensor  # int64 (N,): which of the known pairs each one is of
+    tokens: torch.Tensor  # int64 (N, L): what is kept of them, MASK where tokens are made anew
+
+
+def completed_from(run: Run, known: torch.Tensor) -> Start:
+    """What the completed pairs of a run begin from, if :func:`synthesise` is given ``known``; on the CPU."""
+    starts, number = [], run.profile.synthesis.pairs
+    for piece, first in enumerate(range(0, number, PAIRS_A_PIECE)):
+        seed = run.seed_of("synthesis-completed")
+        random = generator(seed, "piece", piece, device=training.best_device())
+        starts.append(_draw_start(run, known, min(PAIRS_A_PIECE, number - first), random))
+    return Start(*(torch.cat(parts).cpu() for parts in zip(*starts, strict=True)))
+
+
+def _draw_start(run: Run, known: torch.Tensor, count: int, random: torch.Generator) -> Start:
+    source = torch.randint(len(known), (count,), generator=random, device=random.device)
+    tokens = known[source.cpu()].flatten(1).long().to(random.device)
+    numbers, keep = run.profile.vqae, run.profile.synthesis.keep
+    return Start(source, absorbing.mask_places(tokens, keep, numbers.groups or 1, numbers.codes, random))
 
 
 def decode_pairs(run: Run, autoencoder: Stage, tokens: torch.Tensor) -> PairSet:
