@@ -1,11 +1,10 @@
 """Measured results: one run through all stages, scored on unseen pairs, as one JSON file with its provenance.
 
-``python -m pairdiff_core.results --help`` says how to make the files in ``book/results``.
+``pairdiff run evaluate`` measures a run; the files in ``book/results`` come from there.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import re
@@ -355,28 +354,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure one run and write the file."""
-    parser = argparse.ArgumentParser(prog="python -m pairdiff_core.results", description=main.__doc__)
-    parser.add_argument("file", type=Path, help="JSON file to write, such as book/results/brain2d.json")
-    parser.add_argument("--dataset", choices=DATASETS, default="oasis2d")
-    parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--data", type=Path, help="folder of the real data; default: the environment variables"
-    )
-    parser.add_argument("--run", type=Path, help="run folder, which finished stages are loaded from")
-    chosen = parser.parse_args(arguments)
-    profile = get_profile(chosen.profile, DATASETS[chosen.dataset])
-    run = Run(chosen.dataset, profile, chosen.seed, chosen.run, chosen.data)
-    results = measure(run)
-    write_results(chosen.file, results)
-    for name, value in results["summary"].items():
-        print(f"{name:26} {_rounded(value)}")
-    print(f"written to {chosen.file}")
-
-
-if __name__ == "__main__":
-    main()

@@ -132,13 +132,6 @@ def test_the_file_is_whole_or_untouched(tmp_path, measured):
     assert [entry.name for entry in file.parent.iterdir()] == ["results.json"]
 
 
-def test_the_command_writes_the_file(tmp_path, monkeypatch, measured, capsys):
-    monkeypatch.setattr(results, "measure", lambda run: measured)
-    results.main([str(tmp_path / "out.json"), "--dataset", "phantom2d", "--profile", "quick"])
-    assert json.loads((tmp_path / "out.json").read_text())["provenance"]["profile"] == "quick"
-    assert "dice_synthetic" in capsys.readouterr().out
-
-
 def test_what_pipeline_stages_made_is_what_was_measured(run, measured):
     """The second pass loads: the figures belong to the models in the run folder."""
     assert pipeline.train_vqae(run).loaded
