@@ -21,10 +21,8 @@ import torch
 import pairdiff_core
 from pairdiff_core import absorbing, metrics, pipeline, run_folder, vqae
 from pairdiff_core.checkpoints import folder_hash, provenance
-from pairdiff_core.data import DATASETS
 from pairdiff_core.fields import warp_labels
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import get_profile
 from pairdiff_core.registration import Deformation
 from pairdiff_core.runs import Run, Stage, fingerprint
 from pairdiff_core.training import best_device
