@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ def fit(
         range(begun, steps), desc=description, initial=begun, total=steps, leave=False, mininterval=1.0,
         disable=True if processes.rank() else None,  # None: shown in a terminal or a notebook only
     )  # fmt: skip
-    with torch.random.fork_rng(), closing(progress):
+    with torch.random.fork_rng():
         for step in progress:
             torch.manual_seed(seed_of(seed, "step", step))
             for group in optimiser.param_groups:
