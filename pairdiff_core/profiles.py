@@ -143,7 +143,7 @@ _QUICK_2D = Profile(
         learning_rate=2e-3,
         average=0.99,
     ),
-    synthesis=SynthesisProfile(pairs=64, steps=60, temperature=0.9),
+    synthesis=SynthesisProfile(pairs=128, steps=60, temperature=0.9),
     registration=RegistrationProfile(
         channels=(8, 16, 32, 32, 32, 16),
         scale=2,
