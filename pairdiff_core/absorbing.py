@@ -52,18 +52,19 @@ class Denoiser(nn.Module):
         convolutions: int = 0,
     ) -> None:
         super().__init__()
-        together = together or [1] * len(grid)
+        self.grid, self.together = tuple(grid), tuple(together or [1] * len(grid))
+        together = self.together
         if any(size % share for size, share in zip(grid, together, strict=True)):
             raise ValueError(f"a grid of {tuple(grid)} tokens cannot be cut into blocks of {tuple(together)}")
         self.codes, self.length, self.sharing = codes, math.prod(grid), math.prod(together)
         places = [size // share for size, share in zip(grid, together, strict=True)]
         self.register_buffer("order", _by_place(grid, together), persistent=False)
         self.token = nn.Embedding(self.sharing * (codes + 1), width)
-        self.places = [size for size in places if size > 1]
-        self.position = nn.Parameter(place_code(self.places, width) / 2)
+        self.axes = [axis for axis, size in enumerate(places) if size > 1]  # that the places spread over
+        self.position = nn.Parameter(place_code([places[axis] for axis in self.axes], width) / 2)
         self.convolutions = nn.Sequential(
             *(
-                ResBlock(len(self.places), width, ("group", {"num_groups": 8}), act="gelu")
+                ResBlock(len(self.axes), width, ("group", {"num_groups": 8}), act="gelu")
                 for _ in range(convolutions)
             )
         )
@@ -82,22 +83,65 @@ class Denoiser(nn.Module):
     def mask_token(self) -> int:
         return self.codes
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits float (N, L, K) for tokens int64 (N, L), of which some are MASK."""
-        if tokens.shape[1] != self.length:
-            raise ValueError(f"this denoiser is made for {self.length} tokens a pair, got {tokens.shape[1]}")
+    def forward(self, tokens: torch.Tensor, piece: Piece | None = None) -> torch.Tensor:
+        """Logits float (N, L, K) for tokens int64 (N, L), of which some are MASK.
+
+        Args:
+            piece: where the tokens are from, if they are those of a piece of the grid; by default all of it.
+        """
+        grid = self.grid if piece is None else piece.size
+        if tokens.shape[1] != math.prod(grid):
+            raise ValueError(f"a grid of {grid} has {math.prod(grid)} tokens, got {tokens.shape[1]}")
+        order, position = self.order, self.position
+        if piece is not None:
+            order = _by_place(grid, self.together).to(tokens.device)
+            place = torch.empty_like(self.order)
+            place[self.order] = torch.arange(self.length, device=tokens.device) // self.sharing
+            position = position[place[piece.indices[:, order[:: self.sharing]]]]  # (N, places, width)
         first = (self.codes + 1) * torch.arange(
             self.sharing, device=tokens.device
         )  # rows of each one's token 0
-        blocks = tokens[:, self.order].unflatten(1, (-1, self.sharing))  # (N, L) -> (N, places, sharing)
-        places = self.token(blocks + first).sum(2) + self.position  # (N, places, width)
+        blocks = tokens[:, order].unflatten(1, (-1, self.sharing))  # (N, L) -> (N, places, sharing)
+        places = self.token(blocks + first).sum(2) + position  # (N, places, width)
         if len(self.convolutions):
             image = places.movedim(1, 2).unflatten(
-                2, self.places
+                2, [grid[axis] // self.together[axis] for axis in self.axes]
             )  # (N, places, width) -> (N, width, *places)
             places = self.convolutions(image).flatten(2).movedim(1, 2)
         logits = self.head(self.blocks(places)).reshape(*tokens.shape, self.codes)  # by place
-        return logits[:, self.order.argsort()]
+        return logits[:, order.argsort()]
+
+
+class Piece(NamedTuple):
+    """Boxes of tokens cut out of a grid, one from each of N rows of tokens."""
+
+    size: tuple[int, ...]  # tokens along each axis of the grid
+    indices: torch.Tensor  # int64 (N, product of the size), of its tokens in the whole row
+
+
+def cut_piece(
+    grid: Sequence[int], size: Sequence[int], together: Sequence[int], generators: Sequence[torch.Generator]
+) -> Piece:
+    """Boxes of one size at random places of a grid of tokens, each drawn from a generator of its own.
+
+    Blocks of ``together`` tokens stay whole; all places that they allow are equally likely.
+
+    Raises:
+        ValueError: if the piece is larger than the grid, or cuts through blocks.
+    """
+    if any(part > side or part % share for part, side, share in zip(size, grid, together, strict=True)):
+        raise ValueError(
+            f"a piece of {tuple(size)} tokens does not fit a grid of {tuple(grid)} in blocks of {tuple(together)}"
+        )
+    numbers = torch.arange(math.prod(grid)).reshape(tuple(grid))
+    rows = []
+    for random in generators:
+        box = numbers
+        for axis, (part, side, share) in enumerate(zip(size, grid, together, strict=True)):
+            start = share * int(torch.randint((side - part) // share + 1, (), generator=random))
+            box = box.narrow(axis, start, part)
+        rows.append(box.flatten())
+    return Piece(tuple(size), torch.stack(rows))
 
 
 def _by_place(grid: Sequence[int], together: Sequence[int]) -> torch.Tensor:

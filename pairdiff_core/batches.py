@@ -131,38 +131,40 @@ def augment(
 def _random_warps(
     spatial: torch.Size, augmentation: Augmentation, generator: torch.Generator
 ) -> torch.Tensor:
-    """Displacements (2, D, *spatial) of the two images of one pair."""
-    common = _affine_jitter(spatial, augmentation.affine, generator)
+    """Displacements (2, D, *spatial) of the two images of one pair, put together on the coarser grid."""
+    coarse = [size // (augmentation.coarser or 1) for size in spatial]
+    common = _affine_jitter(coarse, augmentation.affine, generator)
     if augmentation.common > 0:
-        common = fields.compose(
-            common, _random_flow(1, spatial, augmentation.common, augmentation, generator)
-        )
+        common = fields.compose(common, _random_flow(1, coarse, augmentation.common, augmentation, generator))
     both = common.expand(2, *common.shape[1:])
     if augmentation.own > 0:
-        both = fields.compose(both, _random_flow(2, spatial, augmentation.own, augmentation, generator))
-    return both
+        both = fields.compose(both, _random_flow(2, coarse, augmentation.own, augmentation, generator))
+    return both if coarse == list(spatial) else fields.resize_field(both, spatial)
 
 
 def _random_flow(
-    number: int, spatial: torch.Size, amplitude: float, augmentation: Augmentation, generator: torch.Generator
+    number: int,
+    coarse: Sequence[int],
+    amplitude: float,
+    augmentation: Augmentation,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     factor = augmentation.coarser or 1
     velocity = fields.random_velocity(
         number,
-        [size // factor for size in spatial],
+        coarse,
         amplitude=amplitude / factor,
         smoothness=augmentation.smoothness / factor,
         generator=generator,
     )
-    flow = fields.exponentiate(velocity, squarings=4)
-    return flow if factor == 1 else fields.resize_field(flow, spatial)
+    return fields.exponentiate(velocity, squarings=4)
 
 
-def _affine_jitter(spatial: torch.Size, scale: float, generator: torch.Generator) -> torch.Tensor:
+def _affine_jitter(spatial: Sequence[int], scale: float, generator: torch.Generator) -> torch.Tensor:
     """Displacement (1, D, *spatial) of an affine map whose entries differ by about ``scale`` from the identity's."""
     dims = len(spatial)
     matrix = scale * torch.randn((1, dims, dims), generator=generator)
     shift = scale * torch.randn((1, dims, 1), generator=generator) * torch.tensor(spatial)[:, None] / 4
     centre = torch.tensor(spatial).reshape(-1, *[1] * dims) / 2 - 0.5
     position = (fields.identity_grid(spatial) - centre).flatten(1)  # (D, *s) -> (D, voxels)
-    return (matrix @ position + shift).unflatten(2, spatial)  # (1, D, voxels) -> (1, D, *s)
+    return (matrix @ position + shift).unflatten(2, tuple(spatial))  # (1, D, voxels) -> (1, D, *s)

@@ -128,23 +128,28 @@ def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:
 def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
     """Stage 3: the denoiser, on tokens int (N, *grid), with the published re-weighted loss."""
     numbers, mask_token = run.profile.diffusion, run.profile.vqae.codes
-    sequences = tokens.flatten(1).long()  # (N, *grid) -> (N, L)
+    grid, sequences = tokens.shape[1:], tokens.flatten(1).long()  # (N, *grid) -> (N, L)
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        x, t, *state = batch
-        return {"loss": absorbing.reweighted_loss(model, x, absorbing.Masked(*state), t)}
+        x, t, masked, hidden, *indices = batch
+        piece = absorbing.Piece(numbers.piece, *indices) if indices else None
+        state = absorbing.Masked(masked, hidden)
+        return {"loss": absorbing.reweighted_loss(partial(model, piece=piece), x, state, t)}
 
     def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
         samples = Samples(len(sequences), numbers.batch, run.seed_of("diffusion"))
 
         def batch(step: int) -> tuple[torch.Tensor, ...]:
-            drawn = []
-            for x, random in zip(
-                sequences[samples.chosen(step)], samples.generators(step, "mask"), strict=True
-            ):
+            x, drawn, cut = sequences[samples.chosen(step)], [], ()
+            if numbers.piece is not None:
+                together = numbers.together or [1] * len(grid)
+                places = samples.generators(step, "place")
+                cut = (absorbing.cut_piece(grid, numbers.piece, together, places).indices,)
+                x = x.gather(1, cut[0])
+            for row, random in zip(x, samples.generators(step, "mask"), strict=True):
                 t = torch.rand(1, generator=random)
-                drawn.append((x[None], t, *absorbing.mask_tokens(x[None], t, mask_token, random)))
-            return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
+                drawn.append((row[None], t, *absorbing.mask_tokens(row[None], t, mask_token, random)))
+            return (*(torch.cat(parts) for parts in zip(*drawn, strict=True)), *cut)
 
         return training.fit(
             model,

@@ -20,7 +20,7 @@ class Augmentation:
     common: float  # voxels, standard deviation of a smooth velocity common to both images
     own: float  # voxels, the same for each image alone
     smoothness: float  # voxels between the nodes of those velocities
-    coarser: int | None = None  # they are integrated on a grid so many times coarser, which is faster
+    coarser: int | None = None  # warps are put together on a grid so many times coarser, which is faster
 
 
 class Patches(NamedTuple):
@@ -62,6 +62,7 @@ class DiffusionProfile:
     average: float  # decay of the moving average of the weights, a step
     together: tuple[int, ...] | None = None  # tokens that share one place, along each axis (published: none)
     convolutions: int | None = None  # residual blocks before the transformer's layers (published: none)
+    piece: tuple[int, ...] | None = None  # tokens along each axis of the pieces to train on (published: all)
 
 
 @dataclass(frozen=True)
@@ -297,29 +298,31 @@ _LAPTOP_3D = Profile(
     max_pairs=97,
     phantom_subjects=10,
     vqae=VQAEProfile(
-        channels=(24, 64, 128, 160),
-        strides=(2, 2, 2, 1),
-        codes=512,
+        channels=(24, 64, 64),
+        strides=(2, 2, 1),
+        codes=128,
         fade_in=0,
-        steps=6000,  # after a tenth of that, both images still come out as their average
+        steps=1500,
         batch=2,
-        learning_rate=5e-3,
+        learning_rate=4e-3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24, coarser=4),
         patches=Patches((64, 48, 64), cuts=8),
-        groups=10,
+        groups=2,
+        apart=True,
     ),
     diffusion=DiffusionProfile(
         layers=0,
-        width=112,
+        width=64,
         heads=4,
-        feed_forward=224,
+        feed_forward=128,
         copies=24,
-        steps=3000,
+        steps=8000,  # many steps on small pieces: at equal cost, whole volumes taught it far less
         batch=2,
         learning_rate=2e-3,
         average=0.99,
-        together=(1, 1, 1, 10),
+        together=(1, 1, 1, 2),
         convolutions=4,
+        piece=(16, 16, 16, 2),
     ),
     synthesis=SynthesisProfile(pairs=128, steps=64, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(

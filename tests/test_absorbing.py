@@ -187,7 +187,7 @@ def test_the_denoiser_learns_a_toy_joint(joint, sequences):
 
 def test_another_length_is_refused():
     denoiser = absorbing.Denoiser(CODES, (LENGTH,), layers=1, width=8, heads=1, feed_forward=8)
-    with pytest.raises(ValueError, match="made for 4 tokens"):
+    with pytest.raises(ValueError, match="has 4 tokens, got 5"):
         denoiser(torch.zeros(1, 5, dtype=torch.long))
 
 
@@ -254,6 +254,39 @@ def test_convolutions_start_as_the_identity():
     without.load_state_dict({k: v for k, v in with_blocks.state_dict().items() if "convolutions" not in k})
     tokens = torch.randint(0, 6, (2, 16))
     torch.testing.assert_close(with_blocks(tokens), without(tokens))
+
+
+def test_pieces_are_boxes_of_whole_blocks_from_all_over_the_grid():
+    grid, size, together = (6, 5, 4), (4, 3, 4), (2, 1, 4)
+    piece = absorbing.cut_piece(grid, size, together, [seeded(s) for s in range(40)])
+    corners = {tuple(box.reshape(size)[0, 0, 0].unsqueeze(0).tolist()) for box in piece.indices}
+    numbers = torch.arange(120).reshape(grid)
+    assert corners == {(int(numbers[x, y, 0]),) for x in (0, 2) for y in (0, 1, 2)}
+    x, y, z = (int(each) for each in (numbers == piece.indices[0, 0]).nonzero()[0])
+    assert torch.equal(piece.indices[0], numbers[x : x + 4, y : y + 3, z : z + 4].flatten())
+
+
+@pytest.mark.parametrize("size", [(7, 3, 4), (3, 3, 4)])
+def test_a_piece_that_does_not_fit_is_refused(size):
+    with pytest.raises(ValueError, match=r"does not fit a grid of \(6, 5, 4\) in blocks of \(2, 1, 4\)"):
+        absorbing.cut_piece((6, 5, 4), size, (2, 1, 4), [seeded()])
+
+
+def test_a_piece_is_predicted_as_in_the_whole_away_from_its_border():
+    """With convolutions alone, whose norms see nothing here; each place knows where in the whole it is."""
+    torch.manual_seed(0)
+    grid, size, together = (12, 9, 2), (8, 9, 2), (1, 1, 2)
+    model = absorbing.Denoiser(5, grid, 0, 16, 2, 16, together, convolutions=1).eval()
+    with torch.no_grad():
+        model.convolutions[0].norm1 = model.convolutions[0].norm2 = torch.nn.Identity()
+        model.convolutions[0].conv2.conv.weight.normal_()
+    tokens = torch.randint(0, 6, (2, 216))
+    piece = absorbing.cut_piece(grid, size, together, [seeded(1), seeded(2)])
+    assert piece.indices[0, 0] != piece.indices[1, 0]
+    found = model(tokens.gather(1, piece.indices), piece).unflatten(1, size)
+    whole = model(tokens).gather(1, piece.indices[..., None].expand(-1, -1, 5)).unflatten(1, size)
+    torch.testing.assert_close(found[:, 2:-2], whole[:, 2:-2])
+    assert not torch.allclose(found, whole)
 
 
 def test_places_are_kept_or_masked_whole():

@@ -109,16 +109,25 @@ def test_a_common_warp_keeps_equal_images_equal_and_an_own_warp_does_not():
 
 
 def test_flows_on_a_coarser_grid_are_as_large_and_as_smooth():
-    """In voxels of the images, not of the grid that they were integrated on."""
+    """In voxels of the images, not of the grid that they were put together on."""
 
     def flow(coarser):
         numbers = Augmentation(affine=0.0, common=2.0, own=0.0, smoothness=24, coarser=coarser)
-        return batches._random_flow(20, (64, 96), 2.0, numbers, *seeded(0))
+        return torch.cat([batches._random_warps((64, 96), numbers, each) for each in seeded(*range(20))])
 
     fine, coarse = flow(None), flow(4)
     assert coarse.shape == fine.shape
     assert float(coarse.std() / fine.std()) == pytest.approx(1, abs=0.1)
     assert float(coarse.diff(dim=3).std() / fine.diff(dim=3).std()) == pytest.approx(1, abs=0.15)
+
+
+def test_affine_jitter_on_a_coarser_grid_is_the_same_inside():
+    """Linear interpolation keeps an affine map as it is, up to half a coarse voxel from the border."""
+    fine, coarse = (
+        batches._random_warps((32, 48), replace(STILL, affine=0.05, coarser=factor), *seeded(3))
+        for factor in (None, 4)
+    )
+    torch.testing.assert_close(coarse[..., 2:-2, 2:-2], fine[..., 2:-2, 2:-2], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("spatial, size", [((9, 8), (4, 8)), ((6, 5, 7), (6, 2, 3))])
