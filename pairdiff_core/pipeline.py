@@ -68,6 +68,7 @@ def new_registration(profile: Profile) -> TwoStepNetwork:
         numbers.scale,
         numbers.squarings,
         numbers.control or 1,
+        numbers.coarser or 1,
     )
 
 

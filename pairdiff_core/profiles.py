@@ -98,6 +98,9 @@ class RegistrationProfile:
     instance: Level  # published: 50 steps
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
     control: int | None = None  # velocities of the network on a grid this many times coarser still
+    coarser: int | None = (
+        None  # the first of its two U-Nets sees images this many times coarser still, and is wider
+    )
 
 
 @dataclass(frozen=True)
@@ -324,25 +327,19 @@ _LAPTOP_3D = Profile(
         convolutions=4,
         piece=(16, 16, 16, 2),
     ),
-    synthesis=SynthesisProfile(pairs=128, steps=64, temperature=0.9, keep=0.6),
+    synthesis=SynthesisProfile(pairs=128, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
-        channels=(
-            8,
-            16,
-            32,
-            64,
-            64,
-            16,
-        ),  # the last number is the width at the finest level, where nearly all time goes
+        channels=(8, 16, 32, 64, 64, 8),
         scale=2,
         squarings=5,
         smoothness=0.05,
-        steps=600,
+        steps=1000,
         batch=1,
         learning_rate=4e-3,
         instance=Level(scale=1, control=4, steps=40, learning_rate=0.2),
         baseline=tuple(Level(scale // 2, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
         control=2,
+        coarser=2,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )

@@ -145,7 +145,8 @@ def sampling(spatial: Sequence[int], spacing: Sequence[float], trained: Trained)
     its training: then it sees the volume's own voxels, or so many times coarser ones.
     """
     settings = trained.profile.registration
-    smallest, multiple = 16 * settings.scale, settings.scale * (settings.control or 1)
+    smallest = 16 * settings.scale * (settings.coarser or 1)
+    multiple = settings.scale * (settings.control or 1)
     ratio = [_nearly_whole(mm / own) for mm, own in zip(trained.spacing, spacing, strict=True)]
     wanted = [size / times for size, times in zip(spatial, ratio, strict=True)]
     voxels = math.prod(trained.profile.spatial)

@@ -27,9 +27,9 @@ def ball_maps(spatial, shift):
     return torch.stack([torch.sigmoid(size / 3 - radius), torch.sigmoid(size / 6 - radius)])[None]
 
 
-def small_network(spatial, scale=2, trained=True):
+def small_network(spatial, scale=2, trained=True, **options):
     torch.manual_seed(0)
-    network = registration.TwoStepNetwork(len(spatial), 2, (4, 8, 8, 8, 8, 4), scale, squarings=6)
+    network = registration.TwoStepNetwork(len(spatial), 2, (4, 8, 8, 8, 8, 4), scale, squarings=6, **options)
     if trained:  # anything but the identity it starts as
         for step in network.steps:
             torch.nn.init.normal_(step.final_conv.weight, std=0.3)
@@ -55,14 +55,28 @@ def test_plain_composition_would_not_be_inverted_that_way():
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
-def test_swapping_the_images_swaps_displacement_and_inverse(spatial):
-    network = small_network(spatial)
+@pytest.mark.parametrize("options", [{}, {"scale": 1, "control": 2, "coarser": 2}])
+def test_swapping_the_images_swaps_displacement_and_inverse(spatial, options):
+    network = small_network(spatial, **options)
     fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
     with torch.no_grad():
         forth, back = network(fixed, moving), network(moving, fixed)
     assert float(forth.displacement.abs().max()) > 0.1
     torch.testing.assert_close(forth.displacement, back.inverse, atol=1e-4, rtol=0)
     torch.testing.assert_close(forth.inverse, back.displacement, atol=1e-4, rtol=0)
+
+
+def test_the_first_step_sees_coarser_images_and_answers_on_the_same_grid():
+    network, seen = small_network((64, 96), scale=1, control=2, coarser=2), []
+    for step in network.steps:
+        step.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    first, second = network.velocities(ball_maps((64, 96), 0), ball_maps((64, 96), 3))
+    assert seen == [(32, 48), (64, 96)]
+    assert first.shape == second.shape == (1, 2, 32, 48)
+    with pytest.raises(ValueError, match="at least 32 voxels"):
+        network.velocities(ball_maps((24, 96), 0), ball_maps((24, 96), 3))
+    with pytest.raises(ValueError, match="a control grid 1 times coarser is none of images 2 times coarser"):
+        small_network((64, 96), coarser=2)
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
