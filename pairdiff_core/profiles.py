@@ -98,9 +98,7 @@ class RegistrationProfile:
     instance: Level  # published: 50 steps
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
     control: int | None = None  # velocities of the network on a grid this many times coarser still
-    coarser: int | None = (
-        None  # the first of its two U-Nets sees images this many times coarser still, and is wider
-    )
+    coarser: int | None = None  # the first of its U-Nets sees images this many times coarser, and is wider
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,7 @@ _LAPTOP_3D = Profile(
     ),
     synthesis=SynthesisProfile(pairs=128, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
-        channels=(8, 16, 32, 64, 64, 8),
+        channels=(8, 16, 32, 64, 64, 16),
         scale=2,
         squarings=5,
         smoothness=0.05,
