@@ -301,15 +301,13 @@ _LAPTOP_3D = Profile(
     vqae=VQAEProfile(
         channels=(24, 64, 64),
         strides=(2, 2, 1),
-        codes=128,
+        codes=1024,
         fade_in=0,
         steps=1500,
         batch=2,
         learning_rate=4e-3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24, coarser=4),
         patches=Patches((64, 48, 64), cuts=8),
-        groups=2,
-        apart=True,
     ),
     diffusion=DiffusionProfile(
         layers=0,
@@ -321,9 +319,8 @@ _LAPTOP_3D = Profile(
         batch=2,
         learning_rate=2e-3,
         average=0.99,
-        together=(1, 1, 1, 2),
         convolutions=4,
-        piece=(16, 16, 16, 2),
+        piece=(16, 16, 16),
     ),
     synthesis=SynthesisProfile(pairs=128, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
