@@ -129,7 +129,7 @@ def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:
 def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
     """Stage 3: the denoiser, on tokens int (N, *grid), with the published re-weighted loss."""
     numbers, mask_token = run.profile.diffusion, run.profile.vqae.codes
-    grid, sequences = tokens.shape[1:], tokens.flatten(1).long()  # (N, *grid) -> (N, L)
+    sequences = tokens.flatten(1).long()  # (N, *grid) -> (N, L)
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         x, t, masked, hidden, *indices = batch
@@ -143,9 +143,8 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
         def batch(step: int) -> tuple[torch.Tensor, ...]:
             x, drawn, cut = sequences[samples.chosen(step)], [], ()
             if numbers.piece is not None:
-                together = numbers.together or [1] * len(grid)
                 places = samples.generators(step, "place")
-                cut = (absorbing.cut_piece(grid, numbers.piece, together, places).indices,)
+                cut = (absorbing.cut_piece(model.grid, numbers.piece, model.together, places).indices,)
                 x = x.gather(1, cut[0])
             for row, random in zip(x, samples.generators(step, "mask"), strict=True):
                 t = torch.rand(1, generator=random)

@@ -129,9 +129,7 @@ class TwoStepNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if control % coarser:
-            raise ValueError(
-                f"a control grid {control} times coarser is none of images {coarser} times coarser"
-            )
+            raise ValueError(f"coarser must divide control, got coarser {coarser} and control {control}")
         self.scale, self.squarings, self.control, self.coarser = scale, squarings, control, coarser
         self.steps = nn.ModuleList(
             BasicUNet(spatial_dims, 2 * maps, spatial_dims, [wider * width for width in channels])

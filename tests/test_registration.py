@@ -75,7 +75,7 @@ def test_the_first_step_sees_coarser_images_and_answers_on_the_same_grid():
     assert first.shape == second.shape == (1, 2, 32, 48)
     with pytest.raises(ValueError, match="at least 32 voxels"):
         network.velocities(ball_maps((24, 96), 0), ball_maps((24, 96), 3))
-    with pytest.raises(ValueError, match="a control grid 1 times coarser is none of images 2 times coarser"):
+    with pytest.raises(ValueError, match="coarser must divide control, got coarser 2 and control 1"):
         small_network((64, 96), coarser=2)
 
 
