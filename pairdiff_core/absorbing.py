@@ -32,11 +32,8 @@ class Denoiser(nn.Module):
         codes: K; token K is MASK.
         grid: of the tokens of a pair; L is the product of its sizes.
         layers, width, heads, feed_forward: of ``nn.TransformerEncoderLayer``, normalised before each block.
-        together: tokens along each axis of the grid that share one place in the transformer; without it, each has its
-            own. Their embeddings are added up there, each is masked and predicted by itself, and the cost falls with
-            the number of places.
-        convolutions: residual blocks of two convolutions over the grid of places, before the transformer's layers, of
-            which there may then be none. A transformer has to find out what neighbours mean at each place anew; a
+        convolutions: residual blocks of two convolutions over the grid, before the transformer's layers, of which
+            there may then be none. A transformer has to find out what neighbours mean at each place anew; a
             convolution learns it once for all places.
     """
 
@@ -48,23 +45,15 @@ class Denoiser(nn.Module):
         width: int,
         heads: int,
         feed_forward: int,
-        together: Sequence[int] | None = None,
         convolutions: int = 0,
     ) -> None:
         super().__init__()
-        self.grid, self.together = tuple(grid), tuple(together or [1] * len(grid))
-        together = self.together
-        if any(size % share for size, share in zip(grid, together, strict=True)):
-            raise ValueError(f"a grid of {tuple(grid)} tokens cannot be cut into blocks of {tuple(together)}")
-        self.codes, self.length, self.sharing = codes, math.prod(grid), math.prod(together)
-        places = [size // share for size, share in zip(grid, together, strict=True)]
-        self.register_buffer("order", _by_place(grid, together), persistent=False)
-        self.token = nn.Embedding(self.sharing * (codes + 1), width)
-        self.axes = [axis for axis, size in enumerate(places) if size > 1]  # that the places spread over
-        self.position = nn.Parameter(place_code([places[axis] for axis in self.axes], width) / 2)
+        self.codes, self.grid, self.length = codes, tuple(grid), math.prod(grid)
+        self.token = nn.Embedding(codes + 1, width)
+        self.position = nn.Parameter(place_code(grid, width) / 2)
         self.convolutions = nn.Sequential(
             *(
-                ResBlock(len(self.axes), width, ("group", {"num_groups": 8}), act="gelu")
+                ResBlock(len(grid), width, ("group", {"num_groups": 8}), act="gelu")
                 for _ in range(convolutions)
             )
         )
@@ -76,7 +65,7 @@ class Denoiser(nn.Module):
         self.blocks: nn.Module = nn.LayerNorm(width)
         if layers:
             self.blocks = nn.TransformerEncoder(layer, layers, norm=self.blocks, enable_nested_tensor=False)
-        self.head = nn.Linear(width, self.sharing * codes, bias=False)
+        self.head = nn.Linear(width, codes, bias=False)
         nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the places
 
     @property
@@ -92,24 +81,12 @@ class Denoiser(nn.Module):
         grid = self.grid if piece is None else piece.size
         if tokens.shape[1] != math.prod(grid):
             raise ValueError(f"a grid of {grid} has {math.prod(grid)} tokens, got {tokens.shape[1]}")
-        order, position = self.order, self.position
-        if piece is not None:
-            order = _by_place(grid, self.together).to(tokens.device)
-            place = torch.empty_like(self.order)
-            place[self.order] = torch.arange(self.length, device=tokens.device) // self.sharing
-            position = position[place[piece.indices[:, order[:: self.sharing]]]]  # (N, places, width)
-        first = (self.codes + 1) * torch.arange(
-            self.sharing, device=tokens.device
-        )  # rows of each one's token 0
-        blocks = tokens[:, order].unflatten(1, (-1, self.sharing))  # (N, L) -> (N, places, sharing)
-        places = self.token(blocks + first).sum(2) + position  # (N, places, width)
+        position = self.position if piece is None else self.position[piece.indices]
+        hidden = self.token(tokens) + position  # (N, L, width)
         if len(self.convolutions):
-            image = places.movedim(1, 2).unflatten(
-                2, [grid[axis] // self.together[axis] for axis in self.axes]
-            )  # (N, places, width) -> (N, width, *places)
-            places = self.convolutions(image).flatten(2).movedim(1, 2)
-        logits = self.head(self.blocks(places)).reshape(*tokens.shape, self.codes)  # by place
-        return logits[:, order.argsort()]
+            image = hidden.movedim(1, 2).unflatten(2, grid)  # (N, L, width) -> (N, width, *grid)
+            hidden = self.convolutions(image).flatten(2).movedim(1, 2)
+        return self.head(self.blocks(hidden))
 
 
 class Piece(NamedTuple):
@@ -119,37 +96,23 @@ class Piece(NamedTuple):
     indices: torch.Tensor  # int64 (N, product of the size), of its tokens in the whole row
 
 
-def cut_piece(
-    grid: Sequence[int], size: Sequence[int], together: Sequence[int], generators: Sequence[torch.Generator]
-) -> Piece:
-    """Boxes of one size at random places of a grid of tokens, each drawn from a generator of its own.
-
-    Blocks of ``together`` tokens stay whole; all places that they allow are equally likely.
+def cut_piece(grid: Sequence[int], size: Sequence[int], generators: Sequence[torch.Generator]) -> Piece:
+    """Boxes of one size cut out of a grid of tokens, each from a generator of its own; all places are equally likely.
 
     Raises:
-        ValueError: if the piece is larger than the grid, or cuts through blocks.
+        ValueError: if the piece is larger than the grid.
     """
-    if any(part > side or part % share for part, side, share in zip(size, grid, together, strict=True)):
-        raise ValueError(
-            f"a piece of {tuple(size)} tokens does not fit a grid of {tuple(grid)} in blocks of {tuple(together)}"
-        )
+    if any(part > side for part, side in zip(size, grid, strict=True)):
+        raise ValueError(f"a piece of {tuple(size)} tokens does not fit a grid of {tuple(grid)}")
     numbers = torch.arange(math.prod(grid)).reshape(tuple(grid))
     rows = []
     for random in generators:
         box = numbers
-        for axis, (part, side, share) in enumerate(zip(size, grid, together, strict=True)):
-            start = share * int(torch.randint((side - part) // share + 1, (), generator=random))
+        for axis, (part, side) in enumerate(zip(size, grid, strict=True)):
+            start = int(torch.randint(side - part + 1, (), generator=random))
             box = box.narrow(axis, start, part)
         rows.append(box.flatten())
     return Piece(tuple(size), torch.stack(rows))
-
-
-def _by_place(grid: Sequence[int], together: Sequence[int]) -> torch.Tensor:
-    """Indices (L,) of the tokens of a grid in row-major order, sorted by the block of ``together`` they are in."""
-    blocks = [part for size, share in zip(grid, together, strict=True) for part in (size // share, share)]
-    axes = range(0, len(blocks), 2)
-    inner = [axis + 1 for axis in axes]
-    return torch.arange(math.prod(grid)).reshape(blocks).permute(*axes, *inner).flatten()
 
 
 def place_code(grid: Sequence[int], width: int) -> torch.Tensor:
@@ -268,14 +231,6 @@ def reveal(
         if now.any():  # a pass that reveals nothing would change nothing
             tokens[now] = draw_tokens(predict(tokens)[now], temperature, generator)
         yield tokens.clone()
-
-
-def mask_places(
-    tokens: torch.Tensor, keep: float, together: int, mask_token: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Tokens (N, L) with MASK at random places; each run of ``together`` tokens is kept whole with chance ``keep``."""
-    chance = torch.rand((len(tokens), tokens.shape[1] // together), generator=generator, device=tokens.device)
-    return tokens.masked_fill((chance >= keep).repeat_interleave(together, 1), mask_token)
 
 
 def sample(

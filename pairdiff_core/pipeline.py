@@ -36,8 +36,6 @@ def new_vqae(profile: Profile) -> vqae.PairedVQAE:
         numbers.strides,
         numbers.codes,
         numbers.fade_in,
-        numbers.groups or 1,
-        bool(numbers.apart),
     )
 
 
@@ -53,7 +51,6 @@ def new_denoiser(profile: Profile) -> absorbing.Denoiser:
         numbers.width,
         numbers.heads,
         numbers.feed_forward,
-        numbers.together,
         numbers.convolutions or 0,
     )
 
@@ -144,7 +141,7 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
             x, drawn, cut = sequences[samples.chosen(step)], [], ()
             if numbers.piece is not None:
                 places = samples.generators(step, "place")
-                cut = (absorbing.cut_piece(model.grid, numbers.piece, model.together, places).indices,)
+                cut = (absorbing.cut_piece(model.grid, numbers.piece, places).indices,)
                 x = x.gather(1, cut[0])
             for row, random in zip(x, samples.generators(step, "mask"), strict=True):
                 t = torch.rand(1, generator=random)
@@ -229,8 +226,8 @@ def completed_from(run: Run, known: torch.Tensor) -> Start:
 def _draw_start(run: Run, known: torch.Tensor, count: int, random: torch.Generator) -> Start:
     source = torch.randint(len(known), (count,), generator=random, device=random.device)
     tokens = known[source.cpu()].flatten(1).long().to(random.device)
-    numbers, keep = run.profile.vqae, run.profile.synthesis.keep
-    return Start(source, absorbing.mask_places(tokens, keep, numbers.groups or 1, numbers.codes, random))
+    masked = torch.full((count,), 1 - run.profile.synthesis.keep, device=random.device)
+    return Start(source, absorbing.mask_tokens(tokens, masked, run.profile.vqae.codes, random).tokens)
 
 
 def decode_pairs(run: Run, autoencoder: Stage, tokens: torch.Tensor) -> PairSet:

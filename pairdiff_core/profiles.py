@@ -35,7 +35,7 @@ class VQAEProfile:
     """Stage 1, the paired VQ autoencoder."""
 
     channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
-    strides: tuple[int | tuple[int, ...], ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
+    strides: tuple[int, ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
     codes: int  # published: 1024
     fade_in: int  # training batches over which quantisation fades in (published: none)
     steps: int  # published: 336,000 samples
@@ -43,8 +43,6 @@ class VQAEProfile:
     learning_rate: float  # published: 5e-4
     augmentation: Augmentation
     patches: Patches | None = None  # whole images without
-    groups: int | None = None  # tokens at each position (published: one)
-    apart: bool | None = None  # each image through the network by itself (published: both at once)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class DiffusionProfile:
     batch: int
     learning_rate: float  # published: 1e-4
     average: float  # decay of the moving average of the weights, a step
-    together: tuple[int, ...] | None = None  # tokens that share one place, along each axis (published: none)
     convolutions: int | None = None  # residual blocks before the transformer's layers (published: none)
     piece: tuple[int, ...] | None = None  # tokens along each axis of the pieces to train on (published: all)
 
@@ -252,16 +249,15 @@ _QUICK_3D = Profile(
     max_pairs=40,
     phantom_subjects=12,
     vqae=VQAEProfile(
-        channels=(16, 32, 64),
-        strides=(2, 2, 1),
+        channels=(32, 32),
+        strides=(2, 1),
         codes=256,
         fade_in=0,
-        steps=800,  # after a quarter of that, both images still come out as their average
+        steps=300,
         batch=2,
         learning_rate=4e-3,
         augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12, coarser=2),
-        patches=Patches((32, 36, 32), cuts=8),
-        groups=4,
+        patches=Patches((32, 24, 32), cuts=8),
     ),
     diffusion=DiffusionProfile(
         layers=0,
@@ -269,14 +265,14 @@ _QUICK_3D = Profile(
         heads=4,
         feed_forward=128,
         copies=4,
-        steps=400,
+        steps=1000,
         batch=2,
         learning_rate=3e-3,
         average=0.95,
-        together=(1, 1, 1, 4),
         convolutions=3,
+        piece=(12, 12, 12),
     ),
-    synthesis=SynthesisProfile(pairs=12, steps=24, temperature=0.9, keep=0.6),
+    synthesis=SynthesisProfile(pairs=12, steps=16, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
         channels=(8, 16, 32, 32, 32, 8),
         scale=2,

@@ -27,7 +27,7 @@ class Quantised(NamedTuple):
     """What the codebook makes of a latent grid."""
 
     latent: torch.Tensor  # float (N, C, *grid): the chosen codes, with straight-through gradient
-    tokens: torch.Tensor  # int64 (N, *grid), or (N, *grid, G) in G groups: their indices, 0 to K - 1
+    tokens: torch.Tensor  # int64 (N, *grid): their indices, 0 to K - 1
     commitment: torch.Tensor  # scalar: mean squared distance of the encoder's output from its code
 
 
@@ -46,16 +46,12 @@ class Codebook(nn.Module):
     more of the codes. Thrown in at the deep end, it first learns what most tokens share, and a *paired* autoencoder can
     stay there: it encodes the average of both images, twice.
 
-    With G ``groups``, a latent is cut into G pieces of C / G channels, and each takes its own code from the one
-    codebook (product quantisation: Jégou et al., TPAMI 2011): G tokens a position can say K ** G things instead of K.
-
     Args:
         codes: K, the number of codes.
         channels: C, of the latent.
         fade_in: training batches until the codes alone count; 0 for from the start.
         decay: of the running means, per batch.
         revive_below: share of the average use under which a code is dead.
-        groups: G, tokens at each position.
     """
 
     def __init__(
@@ -65,14 +61,11 @@ class Codebook(nn.Module):
         fade_in: int = 0,
         decay: float = 0.97,
         revive_below: float = 0.05,
-        groups: int = 1,
     ) -> None:
         super().__init__()
-        if channels % groups:
-            raise ValueError(f"{channels} channels cannot be cut into {groups} equal groups")
-        self.fade_in, self.decay, self.revive_below, self.groups = fade_in, decay, revive_below, groups
+        self.fade_in, self.decay, self.revive_below = fade_in, decay, revive_below
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # seen in training
-        self.register_buffer("vectors", torch.zeros(codes, channels // groups))
+        self.register_buffer("vectors", torch.zeros(codes, channels))
         self.register_buffer(
             "counts", torch.zeros(codes)
         )  # running number of latents per code; 0 = never placed
@@ -80,15 +73,12 @@ class Codebook(nn.Module):
 
     def forward(self, latent: torch.Tensor) -> Quantised:
         """Replace each latent vector (N, C, *grid) by its nearest code; in training mode, follow the latents."""
-        grid = (latent.shape[0], *latent.shape[2:], *([self.groups] if self.groups > 1 else []))
-        flat = (
-            latent.detach().movedim(1, -1).reshape(-1, self.vectors.shape[1]).float()
-        )  # (N * positions * G, C / G)
+        flat = latent.detach().movedim(1, -1).flatten(0, -2).float()  # (N * positions, C)
         if self.training and not self.counts.any():
             everything, latents = torch.ones_like(self.counts, dtype=torch.bool), processes.gather(flat)
             self._place(everything, latents, (latents - latents.mean(0)).square().sum(1))
         distance, nearest = torch.cdist(flat, self.vectors).min(1)
-        tokens = nearest.reshape(grid)
+        tokens = nearest.reshape(latent.shape[0], *latent.shape[2:])
         chosen = self.look_up(tokens)
         share = 1.0
         if self.training:
@@ -99,9 +89,8 @@ class Codebook(nn.Module):
         return Quantised(latent + share * (chosen - latent).detach(), tokens, F.mse_loss(latent, chosen))
 
     def look_up(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The code vectors of tokens int (N, *grid), or (N, *grid, G), as (N, C, *grid)."""
-        chosen = self.vectors[tokens]  # (N, *grid, C), or (N, *grid, G, C / G)
-        return (chosen.flatten(-2) if self.groups > 1 else chosen).movedim(-1, 1)
+        """The code vectors of tokens int (N, *grid) as (N, C, *grid)."""
+        return self.vectors[tokens].movedim(-1, 1)
 
     @torch.no_grad()
     def _follow(self, flat: torch.Tensor, nearest: torch.Tensor, squared_distance: torch.Tensor) -> None:
@@ -142,13 +131,9 @@ class PairedVQAE(nn.Module):
     Args:
         spatial_dims: 2 or 3.
         num_labels: C, background included.
-        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them. A stride may be one
-            number for each axis.
+        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them.
         codes: K, the size of the codebook.
-        fade_in, groups: see :class:`Codebook`.
-        apart: one network for one image, through which both go one by one; their two latents together are then
-            quantised. What the images have in common is left for the denoiser to find. Where images are finer than
-            what the tokens can say, as vessels are, a network that sees both at once gives their average, twice.
+        fade_in: see :class:`Codebook`.
     """
 
     def __init__(
@@ -156,23 +141,15 @@ class PairedVQAE(nn.Module):
         spatial_dims: int,
         num_labels: int,
         channels: Sequence[int],
-        strides: Sequence[int | Sequence[int]],
+        strides: Sequence[int],
         codes: int,
         fade_in: int = 0,
-        groups: int = 1,
-        apart: bool = False,
     ) -> None:
         super().__init__()
-        self.num_labels, self.apart = num_labels, apart
-        together = 1 if apart else 2  # images that the network sees at once
-        per_axis = [[stride] * spatial_dims if isinstance(stride, int) else stride for stride in strides]
-        self.reduction = tuple(
-            map(math.prod, zip(*per_axis, strict=True))
-        )  # voxels per token along each axis
-        self.network = AutoEncoder(
-            spatial_dims, together * (num_labels - 1), together * num_labels, channels, strides
-        )
-        self.codebook = Codebook(codes, 2 // together * channels[-1], fade_in, groups=groups)
+        self.num_labels = num_labels
+        self.reduction = math.prod(strides)  # voxels per token along each axis
+        self.network = AutoEncoder(spatial_dims, 2 * (num_labels - 1), 2 * num_labels, channels, strides)
+        self.codebook = Codebook(codes, channels[-1], fade_in)
 
     def forward(self, labels: torch.Tensor) -> Reconstruction:
         """Reconstruct pairs of label maps, uint8 (N, 2, *spatial)."""
@@ -180,17 +157,16 @@ class PairedVQAE(nn.Module):
         return Reconstruction(self._logits(quantised.latent), quantised.tokens, quantised.commitment)
 
     def token_grid(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        """The grid of the tokens of images with so many voxels; its last axis is that of the groups, if there are.
+        """The grid of the tokens of images with so many voxels.
 
         Raises:
             ValueError: if a side is no multiple of the reduction along its axis.
         """
-        if any(size % factor for size, factor in zip(spatial, self.reduction, strict=True)):
+        if any(size % self.reduction for size in spatial):
             raise ValueError(
                 f"the sides of the grid must be multiples of {self.reduction}, got {tuple(spatial)}"
             )
-        positions = tuple(size // factor for size, factor in zip(spatial, self.reduction, strict=True))
-        return positions if self.codebook.groups == 1 else (*positions, self.codebook.groups)
+        return tuple(size // self.reduction for size in spatial)
 
     def to_maps(self, labels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 2, *spatial) as the encoder's input, float (N, 2 (C - 1), *spatial)."""
@@ -199,19 +175,10 @@ class PairedVQAE(nn.Module):
         return maps.reshape(len(labels), -1, *labels.shape[2:])  # (2N, C - 1, *s) -> (N, 2 (C - 1), *s)
 
     def _latent(self, labels: torch.Tensor) -> torch.Tensor:
-        maps = self.to_maps(labels)
-        if not self.apart:
-            return self.network.encode(maps)
-        latent = self.network.encode(maps.reshape(-1, self.num_labels - 1, *maps.shape[2:]))  # of 2N images
-        return latent.reshape(len(labels), -1, *latent.shape[2:])  # (2N, C, *grid) -> (N, 2C, *grid)
+        return self.network.encode(self.to_maps(labels))
 
     def _logits(self, latent: torch.Tensor) -> torch.Tensor:
-        if self.apart:
-            latent = latent.reshape(
-                2 * len(latent), -1, *latent.shape[2:]
-            )  # (N, 2C, *grid) -> (2N, C, *grid)
-        logits = self.network.decode(latent)  # (N, 2C, *s) or (2N, C, *s)
-        return logits.reshape(-1, 2, self.num_labels, *logits.shape[2:])
+        return self.network.decode(latent).unflatten(1, (2, -1))  # (N, 2C, *s) -> (N, 2, C, *s)
 
     @torch.no_grad()
     def encode(self, labels: torch.Tensor) -> torch.Tensor:

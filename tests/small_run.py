@@ -50,6 +50,7 @@ def small_run_3d(folder, seed=0):
         vqae=replace(
             quick.vqae,
             channels=(4, 8, 8),
+            strides=(2, 2, 1),
             codes=16,
             fade_in=2,
             steps=6,
@@ -64,7 +65,7 @@ def small_run_3d(folder, seed=0):
             copies=2,
             steps=4,
             convolutions=1,
-            piece=(8, 8, 8, 4),
+            piece=(8, 8, 8),
         ),
         synthesis=replace(quick.synthesis, pairs=4, steps=4),
         registration=replace(

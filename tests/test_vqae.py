@@ -48,17 +48,8 @@ def test_the_encoder_sees_both_images_without_background():
 
 
 def test_a_grid_that_cannot_be_divided_is_refused():
-    with pytest.raises(ValueError, match=r"multiples of \(4, 4\)"):
+    with pytest.raises(ValueError, match="multiples of 4, got"):
         small_model((16, 24)).encode(random_pairs((16, 22)))
-
-
-def test_a_stride_may_differ_between_axes():
-    torch.manual_seed(0)
-    model = vqae.PairedVQAE(3, 2, channels=(4, 8), strides=(2, (2, 1, 2)), codes=8)
-    labels = random_pairs((8, 6, 8), num_labels=2)
-    output = model(labels)
-    assert output.logits.shape == (2, 2, 2, 8, 6, 8)
-    assert tuple(output.tokens.shape[1:]) == model.token_grid((8, 6, 8)) == (2, 3, 2)
 
 
 def test_each_latent_takes_its_nearest_code_and_passes_its_gradient():
@@ -72,33 +63,6 @@ def test_each_latent_takes_its_nearest_code_and_passes_its_gradient():
     torch.testing.assert_close(quantised.commitment.detach(), expected)
     (3 * quantised.latent).sum().backward()
     torch.testing.assert_close(latent.grad, torch.full_like(latent, 3.0))
-
-
-def test_in_groups_each_piece_of_a_latent_takes_its_own_code():
-    codebook = vqae.Codebook(3, 4, groups=2).eval()
-    codebook.vectors.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 5.0]]))
-    latent = torch.tensor([[0.9, 0.2, 0.1, 4.0], [0.1, 0.1, 1.0, 0.1]]).T.reshape(1, 4, 1, 2)
-    quantised = codebook(latent)
-    assert quantised.tokens.tolist() == [[[[1, 2], [0, 1]]]]  # (N, *grid, G)
-    torch.testing.assert_close(quantised.latent[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0, 5.0]))
-    torch.testing.assert_close(codebook.look_up(quantised.tokens), quantised.latent)
-    with pytest.raises(ValueError, match="4 channels cannot be cut into 3 equal groups"):
-        vqae.Codebook(3, 4, groups=3)
-
-
-@pytest.mark.parametrize("spatial", GRIDS)
-def test_apart_each_image_has_tokens_of_its_own(spatial):
-    torch.manual_seed(0)
-    model = vqae.PairedVQAE(len(spatial), 3, (8, 16), (2, 2), codes=16, groups=4, apart=True)
-    labels = random_pairs(spatial)
-    output = model(labels)
-    assert output.logits.shape == (2, 2, 3, *spatial)
-    assert output.tokens.shape == (2, *model.token_grid(spatial)) and output.tokens.shape[-1] == 4
-    model.eval()
-    swapped = model.encode(labels.flip(1))
-    tokens = model.encode(labels)
-    torch.testing.assert_close(swapped, tokens.roll(2, -1))  # the first two are the fixed image's
-    torch.testing.assert_close(model.decode(swapped), model.decode(tokens).flip(1))
 
 
 def test_codes_move_to_the_mean_of_their_latents():
