@@ -283,8 +283,8 @@ class Made(NamedTuple):
     autoencoder: Stage
     tokens: torch.Tensor | None
     denoiser: Stage | None
-    pairs: dict[str, PairSet]  # new ones, "synthetic" and, where the profile says how, "completed"
-    networks: dict[str, Stage]  # trained on "real" and on each of those, and on each under fresh warps
+    synthetic: PairSet | None
+    networks: dict[str, Stage]  # trained on "real" and on "synthetic" pairs, and on each under fresh warps
 
 
 def make(run: Run, last: str = "registration") -> Made:
@@ -297,16 +297,14 @@ def make(run: Run, last: str = "registration") -> Made:
     autoencoder = train_vqae(run)
     tokens = encode_training_pairs(run, autoencoder) if number >= 1 else None
     denoiser = train_denoiser(run, tokens) if number >= 2 else None
-    pairs, networks = {}, {}
+    synthetic, networks = None, {}
     if number >= 3:
-        known = {"synthetic": None} | ({"completed": tokens} if run.profile.synthesis.keep else {})
-        for name, some in known.items():
-            pairs[name] = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser, some))
+        synthetic = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser))
     if number >= 4:
-        for name, some in {"real": run.train, **pairs}.items():
-            networks[name] = train_registration(run, some, name)
-            networks[f"{name}, warped"] = train_registration(run, some, f"{name}-warped", warped=True)
-    return Made(autoencoder, tokens, denoiser, pairs, networks)
+        for name, pairs in {"real": run.train, "synthetic": synthetic}.items():
+            networks[name] = train_registration(run, pairs, name)
+            networks[f"{name}, warped"] = train_registration(run, pairs, f"{name}-warped", warped=True)
+    return Made(autoencoder, tokens, denoiser, synthetic, networks)
 
 
 def register_pairs(

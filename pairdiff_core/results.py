@@ -11,7 +11,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,9 @@ def measure(run: Run, made: pipeline.Made | None = None) -> dict[str, Any]:
 
     Returns:
         ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
-        ``synthetic``, ``completed`` (where the profile makes such pairs), ``histories``, ``pictures``, ``stages``
-        (seconds and machine of each, see :meth:`Run.stages`), ``provenance``, whose ``wall_seconds`` are those of all
-        stages and the measuring. Shares are 0 to 1 unless a name ends in ``_percent``; lengths are in voxels (``_px``)
-        or millimetres (``_mm``).
+        ``synthetic``, ``histories``, ``pictures``, ``stages`` (seconds and machine of each, see :meth:`Run.stages`),
+        ``provenance``, whose ``wall_seconds`` are those of all stages and the measuring. Shares are 0 to 1 unless a
+        name ends in ``_percent``; lengths are in voxels (``_px``) or millimetres (``_mm``).
     """
     made = made or pipeline.make(run)
     autoencoder, denoiser, networks = made.autoencoder, made.denoiser, made.networks
@@ -62,13 +61,14 @@ def measure(run: Run, made: pipeline.Made | None = None) -> dict[str, Any]:
             )
             for split, pairs in _splits(run)
         },
-        **{
-            name: keep(name, [autoencoder, denoiser], partial(describe_synthetic, run, autoencoder, pairs))
-            for name, pairs in made.pairs.items()
-        },
+        "synthetic": keep(
+            "synthetic",
+            [autoencoder, denoiser],
+            partial(describe_synthetic, run, autoencoder, made.synthetic),
+        ),
         "histories": {name: stage.history for name, stage in stages.items()},
         "pictures": {
-            **{name: pack_labels(pairs.labels[:shown]) for name, pairs in made.pairs.items()},
+            "synthetic": pack_labels(made.synthetic.labels[:shown]),
             "reconstructed": pack_labels(_reconstruct(autoencoder, run.test.labels[:shown])),
             "test": pack_labels(run.test.labels[:shown]),
         },
@@ -264,7 +264,11 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
     nearest neighbours so close that nothing new, held-out real pairs included, is ever among them.
     """
     compared = min(COMPARED, len(run.train), len(synthetic))
-    displacement = pipeline.register_pairs(run, synthetic[:compared], batch=16).displacement
+    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:compared].tolist()
+    real, new = (
+        pipeline.register_pairs(run, pairs, batch=16).displacement
+        for pairs in (run.train[some], synthetic[:compared])
+    )
     seen = {name: _reconstruct(autoencoder, pairs.labels) for name, pairs in _splits(run)} | {
         "synthetic": synthetic.labels
     }
@@ -275,20 +279,13 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
         "pairs": len(synthetic),
         "areas": metrics.compare_areas(run.train.labels, synthetic.labels, run.train.label_names),
         "components": metrics.compare_components(_each_image(run.train), synthetic.labels),
-        "displacements": metrics.compare_displacements(_real_displacement(run, compared), displacement),
+        "displacements": metrics.compare_displacements(real, new),
         "quality": _quality(run, images),
         "memorisation": {
             "pairs": _audit(seen["synthetic"], seen["train"], seen["test"]),
             "images": _audit(images["synthetic"], images["train"], images["test"]),
         },
     }  # fmt: skip
-
-
-@lru_cache(maxsize=1)  # all kinds of new pairs are compared with the same real ones
-def _real_displacement(run: Run, number: int) -> torch.Tensor:
-    """Displacements (number, D, *spatial) of that many training pairs, by the no-training baseline."""
-    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:number].tolist()
-    return pipeline.register_pairs(run, run.train[some], batch=16).displacement
 
 
 def _quality(run: Run, images: dict[str, torch.Tensor]) -> dict[str, Any]:
