@@ -22,7 +22,7 @@ from pairdiff_core.registration import Deformation, TwoStepNetwork
 from pairdiff_core.resume import Bookmark
 from pairdiff_core.runs import Run, Stage, fingerprint, load_or_make, load_or_train
 
-STAGES = ("vqae", "tokens", "diffusion", "synthesis", "registration")
+STAGES = ("vqae", "tokens", "diffusion", "synthesise", "registration")
 PAIRS_A_PIECE = 8  # of new tokens: a piece of work that is kept or done anew
 
 
