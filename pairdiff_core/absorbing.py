@@ -72,47 +72,15 @@ class Denoiser(nn.Module):
     def mask_token(self) -> int:
         return self.codes
 
-    def forward(self, tokens: torch.Tensor, piece: Piece | None = None) -> torch.Tensor:
-        """Logits float (N, L, K) for tokens int64 (N, L), of which some are MASK.
-
-        Args:
-            piece: where the tokens are from, if they are those of a piece of the grid; by default all of it.
-        """
-        grid = self.grid if piece is None else piece.size
-        if tokens.shape[1] != math.prod(grid):
-            raise ValueError(f"a grid of {grid} has {math.prod(grid)} tokens, got {tokens.shape[1]}")
-        position = self.position if piece is None else self.position[piece.indices]
-        hidden = self.token(tokens) + position  # (N, L, width)
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits float (N, L, K) for tokens int64 (N, L), of which some are MASK."""
+        if tokens.shape[1] != self.length:
+            raise ValueError(f"a grid of {self.grid} has {self.length} tokens, got {tokens.shape[1]}")
+        hidden = self.token(tokens) + self.position  # (N, L, width)
         if len(self.convolutions):
-            image = hidden.movedim(1, 2).unflatten(2, grid)  # (N, L, width) -> (N, width, *grid)
+            image = hidden.movedim(1, 2).unflatten(2, self.grid)  # (N, L, width) -> (N, width, *grid)
             hidden = self.convolutions(image).flatten(2).movedim(1, 2)
         return self.head(self.blocks(hidden))
-
-
-class Piece(NamedTuple):
-    """Boxes of tokens cut out of a grid, one from each of N rows of tokens."""
-
-    size: tuple[int, ...]  # tokens along each axis of the grid
-    indices: torch.Tensor  # int64 (N, product of the size), of its tokens in the whole row
-
-
-def cut_piece(grid: Sequence[int], size: Sequence[int], generators: Sequence[torch.Generator]) -> Piece:
-    """Boxes of one size cut out of a grid of tokens, each from a generator of its own; all places are equally likely.
-
-    Raises:
-        ValueError: if the piece is larger than the grid.
-    """
-    if any(part > side for part, side in zip(size, grid, strict=True)):
-        raise ValueError(f"a piece of {tuple(size)} tokens does not fit a grid of {tuple(grid)}")
-    numbers = torch.arange(math.prod(grid)).reshape(tuple(grid))
-    rows = []
-    for random in generators:
-        box = numbers
-        for axis, (part, side) in enumerate(zip(size, grid, strict=True)):
-            start = int(torch.randint(side - part + 1, (), generator=random))
-            box = box.narrow(axis, start, part)
-        rows.append(box.flatten())
-    return Piece(tuple(size), torch.stack(rows))
 
 
 def place_code(grid: Sequence[int], width: int) -> torch.Tensor:

@@ -129,24 +129,20 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
     sequences = tokens.flatten(1).long()  # (N, *grid) -> (N, L)
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        x, t, masked, hidden, *indices = batch
-        piece = absorbing.Piece(numbers.piece, *indices) if indices else None
-        state = absorbing.Masked(masked, hidden)
-        return {"loss": absorbing.reweighted_loss(partial(model, piece=piece), x, state, t)}
+        x, t, *state = batch
+        return {"loss": absorbing.reweighted_loss(model, x, absorbing.Masked(*state), t)}
 
     def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
         samples = Samples(len(sequences), numbers.batch, run.seed_of("diffusion"))
 
         def batch(step: int) -> tuple[torch.Tensor, ...]:
-            x, drawn, cut = sequences[samples.chosen(step)], [], ()
-            if numbers.piece is not None:
-                places = samples.generators(step, "place")
-                cut = (absorbing.cut_piece(model.grid, numbers.piece, places).indices,)
-                x = x.gather(1, cut[0])
-            for row, random in zip(x, samples.generators(step, "mask"), strict=True):
+            drawn = []
+            for row, random in zip(
+                sequences[samples.chosen(step)], samples.generators(step, "mask"), strict=True
+            ):
                 t = torch.rand(1, generator=random)
                 drawn.append((row[None], t, *absorbing.mask_tokens(row[None], t, mask_token, random)))
-            return (*(torch.cat(parts) for parts in zip(*drawn, strict=True)), *cut)
+            return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
 
         return training.fit(
             model,

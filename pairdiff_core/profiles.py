@@ -59,7 +59,6 @@ class DiffusionProfile:
     learning_rate: float  # published: 1e-4
     average: float  # decay of the moving average of the weights, a step
     convolutions: int | None = None  # residual blocks before the transformer's layers (published: none)
-    piece: tuple[int, ...] | None = None  # tokens along each axis of the pieces to train on (published: all)
 
 
 @dataclass(frozen=True)
@@ -249,11 +248,11 @@ _QUICK_3D = Profile(
     max_pairs=40,
     phantom_subjects=12,
     vqae=VQAEProfile(
-        channels=(32, 32),
-        strides=(2, 1),
+        channels=(32, 64, 64),
+        strides=(2, 2, 1),
         codes=256,
         fade_in=0,
-        steps=300,
+        steps=1500,  # after a fifth of that, both images still come out as their average
         batch=2,
         learning_rate=4e-3,
         augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12, coarser=2),
@@ -265,14 +264,13 @@ _QUICK_3D = Profile(
         heads=4,
         feed_forward=128,
         copies=4,
-        steps=1000,
+        steps=600,
         batch=2,
         learning_rate=3e-3,
         average=0.95,
         convolutions=3,
-        piece=(12, 12, 12),
     ),
-    synthesis=SynthesisProfile(pairs=12, steps=16, temperature=0.9, keep=0.6),
+    synthesis=SynthesisProfile(pairs=12, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
         channels=(8, 16, 32, 32, 32, 8),
         scale=2,
@@ -311,12 +309,11 @@ _LAPTOP_3D = Profile(
         heads=4,
         feed_forward=128,
         copies=24,
-        steps=12_000,  # many small ones: each is on a piece of the tokens
+        steps=6000,
         batch=2,
         learning_rate=2e-3,
         average=0.99,
         convolutions=4,
-        piece=(16, 16, 16),
     ),
     synthesis=SynthesisProfile(pairs=128, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(

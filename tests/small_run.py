@@ -41,7 +41,7 @@ def small_run(folder, seed=0, **changes):
 
 
 def small_run_3d(folder, seed=0):
-    """The same on phantom lungs at the quick size, autoencoder and denoiser on pieces of them."""
+    """The same on phantom lungs at the quick size, the autoencoder on pieces of them."""
     quick = get_profile("quick", 3)
     profile = replace(
         quick,
@@ -65,7 +65,6 @@ def small_run_3d(folder, seed=0):
             copies=2,
             steps=4,
             convolutions=1,
-            piece=(8, 8, 8),
         ),
         synthesis=replace(quick.synthesis, pairs=4, steps=4),
         registration=replace(

@@ -224,35 +224,3 @@ def test_convolutions_start_as_the_identity():
     without.load_state_dict({k: v for k, v in with_blocks.state_dict().items() if "convolutions" not in k})
     tokens = torch.randint(0, 6, (2, 16))
     torch.testing.assert_close(with_blocks(tokens), without(tokens))
-
-
-def test_pieces_are_boxes_from_all_over_the_grid():
-    grid, size = (6, 5, 4), (4, 3, 4)
-    piece = absorbing.cut_piece(grid, size, [seeded(s) for s in range(60)])
-    numbers = torch.arange(120).reshape(grid)
-    corners = {int(box.min()) for box in piece.indices}
-    assert corners == {int(numbers[x, y, 0]) for x in (0, 1, 2) for y in (0, 1, 2)}
-    x, y, _ = (int(each) for each in (numbers == piece.indices[0, 0]).nonzero()[0])
-    assert torch.equal(piece.indices[0], numbers[x : x + 4, y : y + 3].flatten())
-
-
-def test_a_piece_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"piece of \(7, 3, 4\) tokens does not fit a grid of \(6, 5, 4\)"):
-        absorbing.cut_piece((6, 5, 4), (7, 3, 4), [seeded()])
-
-
-def test_a_piece_is_predicted_as_in_the_whole_away_from_its_border():
-    """With convolutions alone, whose norms see nothing here; each place knows where in the whole it is."""
-    torch.manual_seed(0)
-    grid, size = (12, 9, 2), (8, 9, 2)
-    model = absorbing.Denoiser(5, grid, 0, 16, 2, 16, convolutions=1).eval()
-    with torch.no_grad():
-        model.convolutions[0].norm1 = model.convolutions[0].norm2 = torch.nn.Identity()
-        model.convolutions[0].conv2.conv.weight.normal_()
-    tokens = torch.randint(0, 6, (2, 216))
-    piece = absorbing.cut_piece(grid, size, [seeded(1), seeded(2)])
-    assert piece.indices[0, 0] != piece.indices[1, 0]
-    found = model(tokens.gather(1, piece.indices), piece).unflatten(1, size)
-    whole = model(tokens).gather(1, piece.indices[..., None].expand(-1, -1, 5)).unflatten(1, size)
-    torch.testing.assert_close(found[:, 2:-2], whole[:, 2:-2])
-    assert not torch.allclose(found, whole)
