@@ -35,7 +35,7 @@ class VQAEProfile:
     """Stage 1, the paired VQ autoencoder."""
 
     channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
-    strides: tuple[int, ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
+    strides: tuple[int | tuple[int, ...], ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
     codes: int  # published: 1024
     fade_in: int  # training batches over which quantisation fades in (published: none)
     steps: int  # published: 336,000 samples
@@ -296,10 +296,10 @@ _LAPTOP_3D = Profile(
     phantom_subjects=10,
     vqae=VQAEProfile(
         channels=(16, 32, 64, 64),
-        strides=(2, 2, 2, 1),
+        strides=(2, 2, (1, 1, 2), 1),  # places of 8 x 8 x 16 mm, long where breathing moves things
         codes=1024,
         fade_in=0,
-        steps=6000,
+        steps=4000,
         batch=2,
         learning_rate=4e-3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24, coarser=4),

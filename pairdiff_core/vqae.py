@@ -131,7 +131,8 @@ class PairedVQAE(nn.Module):
     Args:
         spatial_dims: 2 or 3.
         num_labels: C, background included.
-        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them.
+        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them. A stride may be one
+            number for each axis.
         codes: K, the size of the codebook.
         fade_in: see :class:`Codebook`.
     """
@@ -141,13 +142,15 @@ class PairedVQAE(nn.Module):
         spatial_dims: int,
         num_labels: int,
         channels: Sequence[int],
-        strides: Sequence[int],
+        strides: Sequence[int | Sequence[int]],
         codes: int,
         fade_in: int = 0,
     ) -> None:
         super().__init__()
         self.num_labels = num_labels
-        self.reduction = math.prod(strides)  # voxels per token along each axis
+        per_axis = [[stride] * spatial_dims if isinstance(stride, int) else stride for stride in strides]
+        # voxels per token along each axis
+        self.reduction = tuple(map(math.prod, zip(*per_axis, strict=True)))
         self.network = AutoEncoder(spatial_dims, 2 * (num_labels - 1), 2 * num_labels, channels, strides)
         self.codebook = Codebook(codes, channels[-1], fade_in)
 
@@ -162,11 +165,11 @@ class PairedVQAE(nn.Module):
         Raises:
             ValueError: if a side is no multiple of the reduction along its axis.
         """
-        if any(size % self.reduction for size in spatial):
+        if any(size % factor for size, factor in zip(spatial, self.reduction, strict=True)):
             raise ValueError(
                 f"the sides of the grid must be multiples of {self.reduction}, got {tuple(spatial)}"
             )
-        return tuple(size // self.reduction for size in spatial)
+        return tuple(size // factor for size, factor in zip(spatial, self.reduction, strict=True))
 
     def to_maps(self, labels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 2, *spatial) as the encoder's input, float (N, 2 (C - 1), *spatial)."""

@@ -48,8 +48,17 @@ def test_the_encoder_sees_both_images_without_background():
 
 
 def test_a_grid_that_cannot_be_divided_is_refused():
-    with pytest.raises(ValueError, match="multiples of 4, got"):
+    with pytest.raises(ValueError, match=r"multiples of \(4, 4\)"):
         small_model((16, 24)).encode(random_pairs((16, 22)))
+
+
+def test_a_stride_may_differ_between_axes():
+    torch.manual_seed(0)
+    model = vqae.PairedVQAE(3, 2, channels=(4, 8), strides=(2, (2, 1, 2)), codes=8)
+    labels = random_pairs((8, 6, 8), num_labels=2)
+    output = model(labels)
+    assert output.logits.shape == (2, 2, 2, 8, 6, 8)
+    assert tuple(output.tokens.shape[1:]) == model.token_grid((8, 6, 8)) == (2, 3, 2)
 
 
 def test_each_latent_takes_its_nearest_code_and_passes_its_gradient():
