@@ -144,8 +144,7 @@ def bound_loss(predict: Predict, tokens: torch.Tensor, state: Masked) -> torch.T
     """The exact bound as a training loss: the mean cross-entropy of the masked tokens of each row, in bits, a scalar.
 
     With t uniform, the number of masked tokens is uniform, too, and this is what :func:`bits_per_token` measures
-    (Hoogeboom et al. 2022, eq. 9). Late times, where hardly anything is visible, count as much as early ones. With a
-    long row, which masks many tokens at nearly all times, it is no noisier than the re-weighted loss.
+    (Hoogeboom et al. 2022, eq. 9). Late times, where hardly anything is visible, count as much as early ones.
 
     Args:
         predict, tokens, state: as for :func:`reweighted_loss`, t drawn uniformly from 0 to 1.

@@ -240,6 +240,11 @@ def test_a_signal_pauses_and_says_so(tmp_path, no_data_set):
     assert (tmp_path / "run" / "vqae.part").exists()
 
 
+def test_the_stages_have_the_names_that_the_readme_and_schedulers_use():
+    names = ["all", "vqae", "tokens", "diffusion", "synthesise", "registration", "evaluate"]
+    assert list(cli.StageName) == names
+
+
 def test_runs_that_cannot_be(small, tmp_path, monkeypatch):
     command = ("run", "vqae", "--dataset", "phantom2d", "--run", tmp_path / "run")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
