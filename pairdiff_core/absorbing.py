@@ -140,19 +140,6 @@ def reweighted_loss(predict: Predict, tokens: torch.Tensor, state: Masked, t: to
     return ((1 - t) * nats).mean() / (tokens.shape[1] * math.log(2))
 
 
-def bound_loss(predict: Predict, tokens: torch.Tensor, state: Masked) -> torch.Tensor:
-    """The exact bound as a training loss: the mean cross-entropy of the masked tokens of each row, in bits, a scalar.
-
-    With t uniform, the number of masked tokens is uniform, too, and this is what :func:`bits_per_token` measures
-    (Hoogeboom et al. 2022, eq. 9). Late times, where hardly anything is visible, count as much as early ones.
-
-    Args:
-        predict, tokens, state: as for :func:`reweighted_loss`, t drawn uniformly from 0 to 1.
-    """
-    nats = cross_entropy(predict(state.tokens), tokens, state.masked)
-    return (nats / state.masked.sum(1).clamp_min(1)).mean() / math.log(2)
-
-
 @torch.no_grad()
 def bits_per_token(
     predict: Predict, tokens: torch.Tensor, mask_token: int, generator: torch.Generator, draws: int = 8

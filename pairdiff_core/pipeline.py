@@ -124,16 +124,13 @@ def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:
 
 
 def train_denoiser(run: Run, tokens: torch.Tensor) -> Stage:
-    """Stage 3: the denoiser, on tokens int (N, *grid), with the loss that the profile names."""
+    """Stage 3: the denoiser, on tokens int (N, *grid), with the published re-weighted loss."""
     numbers, mask_token = run.profile.diffusion, run.profile.vqae.codes
     sequences = tokens.flatten(1).long()  # (N, *grid) -> (N, L)
 
     def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        x, t, *drawn = batch
-        state = absorbing.Masked(*drawn)
-        if numbers.exact_bound:
-            return {"loss": absorbing.bound_loss(model, x, state)}
-        return {"loss": absorbing.reweighted_loss(model, x, state, t)}
+        x, t, *state = batch
+        return {"loss": absorbing.reweighted_loss(model, x, absorbing.Masked(*state), t)}
 
     def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
         samples = Samples(len(sequences), numbers.batch, run.seed_of("diffusion"))

@@ -59,7 +59,6 @@ class DiffusionProfile:
     learning_rate: float  # published: 1e-4
     average: float  # decay of the moving average of the weights, a step
     convolutions: int | None = None  # residual blocks before the transformer's layers (published: none)
-    exact_bound: bool | None = None  # as the loss (published: the re-weighted one)
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,6 @@ _QUICK_3D = Profile(
         learning_rate=3e-3,
         average=0.95,
         convolutions=3,
-        exact_bound=True,
     ),
     synthesis=SynthesisProfile(pairs=12, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(
@@ -316,7 +314,6 @@ _LAPTOP_3D = Profile(
         learning_rate=2e-3,
         average=0.99,
         convolutions=4,
-        exact_bound=True,
     ),
     synthesis=SynthesisProfile(pairs=128, steps=32, temperature=0.9, keep=0.6),
     registration=RegistrationProfile(

@@ -85,23 +85,6 @@ def test_the_reweighted_loss_of_a_clueless_denoiser():
     assert float(found) == pytest.approx(math.log2(CODES) / 6, rel=0.02)
 
 
-def test_the_bound_as_a_loss_is_the_bits_per_token_on_average():
-    """A denoiser whose cost of a token depends on how many are masked: the average over n = 0 (free) to L."""
-    tokens = torch.zeros(100_000, LENGTH, dtype=torch.long)
-    state = absorbing.mask_tokens(tokens, torch.rand(len(tokens), generator=seeded(1)), MASK, seeded())
-
-    def predict(x):  # n masked tokens cost n nats each
-        cost = (x == MASK).sum(1).float()
-        logits = torch.zeros(*x.shape, 2)
-        logits[..., 1] = torch.expm1(cost).log()[:, None]
-        return logits
-
-    found = absorbing.bound_loss(predict, tokens, state)
-    bits = absorbing.bits_per_token(predict, tokens, MASK, seeded()).mean()
-    assert float(bits) == pytest.approx((LENGTH + 1) / 2 / math.log(2), rel=0.02)
-    assert float(found) == pytest.approx(LENGTH / 2 / math.log(2), rel=0.02)
-
-
 def total_variation(samples, joint):
     index = (samples * torch.tensor([CODES**i for i in reversed(range(LENGTH))])).sum(1)
     return (torch.bincount(index, minlength=len(joint)) / len(samples) - joint).abs().sum() / 2
