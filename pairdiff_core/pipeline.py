@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from pairdiff_core.runs import Run, Stage, fingerprint, load_or_make, load_or_tr
 
 STAGES = ("vqae", "tokens", "diffusion", "synthesise", "registration")
 PAIRS_A_PIECE = 8  # of new tokens: a piece of work that is kept or done anew
+VOXELS_AT_ONCE = 2**18  # of the pairs that are registered together: larger tensors are slow on a CPU
 
 
 def new_vqae(profile: Profile) -> vqae.PairedVQAE:
@@ -310,7 +312,6 @@ def register_pairs(
     *,
     instance: bool = False,
     full_size: bool = False,
-    batch: int = 6,
 ) -> Deformation:
     """Register every pair: by a trained network, then optionally for these very images; without one, the baseline.
 
@@ -325,6 +326,7 @@ def register_pairs(
     levels = numbers.baseline
     if full_size:
         levels = (*levels, levels[-1]._replace(scale=1))
+    batch = max(1, VOXELS_AT_ONCE // prod(pairs.spatial))
     found = []
     for labels in pairs.labels.split(batch):
         fixed, moving = (

@@ -19,9 +19,13 @@ from monai.networks.layers import GaussianFilter
 from monai.networks.nets import BasicUNet
 from torch import nn
 
-from pairdiff_core.fields import compose, exponentiate, resize_field, smooth, warp
+from pairdiff_core.fields import compose, exponentiate, resize_field, smooth, warp, warp_at
 from pairdiff_core.pairs import one_hot
 from pairdiff_core.profiles import Level
+
+LARGE = 2**16  # voxels of an image from which on it pays to look at a part of them alone
+FAINT = 0.05  # less of a structure than this is taken for none then
+MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
 
 Velocities = tuple[torch.Tensor, ...]  # one or two float (N, D, *grid), in voxels of that grid
 
@@ -43,15 +47,13 @@ def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
     One velocity: exp(v1). Two: exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al. 2023,
     eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be.
     """
-
-    def flow(signed: Velocities) -> torch.Tensor:
-        first, *rest = signed
-        if not rest:
-            return exponentiate(first, squarings)
+    first, *rest = (torch.cat([velocity, -velocity]) for velocity in velocities)  # both ways at once
+    if rest:
         half = exponentiate(first / 2, squarings)
-        return compose(compose(half, flow(tuple(rest))), half)
-
-    return Deformation(flow(velocities), flow(tuple(-velocity for velocity in velocities)))
+        both = compose(compose(half, exponentiate(rest[0], squarings)), half)
+    else:
+        both = exponentiate(first, squarings)
+    return Deformation(*both.chunk(2))
 
 
 class RegistrationLoss(NamedTuple):
@@ -65,14 +67,45 @@ class RegistrationLoss(NamedTuple):
 
 
 def registration_loss(
-    deformation: Deformation, fixed: torch.Tensor, moving: torch.Tensor, smoothness: float
+    deformation: Deformation,
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    smoothness: float,
+    voxels: torch.Tensor | None = None,
 ) -> RegistrationLoss:
-    """L1 between the maps (N, M, *spatial) after warping, both ways, plus ``smoothness`` x squared gradient."""
-    forth = (warp(moving, deformation.displacement) - fixed).abs().sum(1).mean()
-    back = (warp(fixed, deformation.inverse) - moving).abs().sum(1).mean()
+    """L1 between the maps (N, M, *spatial) after warping, both ways, plus ``smoothness`` x squared gradient.
+
+    The deformation may live on a coarser grid; its gradient is taken there, in voxels of that grid per voxel.
+
+    Args:
+        voxels: int64 (K, D), to look at these only, as if the maps were alike everywhere else; by default at all.
+    """
+    images, targets = torch.cat([moving, fixed]), torch.cat([fixed, moving])  # both ways at once
+    if voxels is None:
+        differences = warp(images, torch.cat(deformation.resized(fixed.shape[2:]))) - targets
+    else:
+        differences = warp_at(images, torch.cat(deformation), voxels) - targets[(..., *voxels.T)]
+    dissimilarity = differences.abs().sum() / targets[:, 0].numel()
     roughness = (squared_gradient(deformation.displacement) + squared_gradient(deformation.inverse)) / 2
-    dissimilarity = (forth + back) / 2
     return RegistrationLoss(dissimilarity + smoothness * roughness, dissimilarity, roughness)
+
+
+@torch.no_grad()
+def voxels_in_play(
+    deformation: Deformation, fixed: torch.Tensor, moving: torch.Tensor
+) -> torch.Tensor | None:
+    """Voxels, int64 (K, D), near which any of the maps (N, M, *spatial) shows something, as it is or warped.
+
+    Everywhere else both images are background, and stay so as long as the displacement hardly changes. Vessels fill a
+    few percent of a volume. None if these are more than half of all voxels, where leaving out the rest does not pay.
+    """
+    warped = warp(torch.cat([moving, fixed]), torch.cat(deformation.resized(fixed.shape[2:])))
+    shown = torch.cat([fixed, moving, warped]) > FAINT  # (4N, M, *spatial)
+    near = shown.flatten(0, 1).any(0)[None, None].float()  # (1, 1, *spatial)
+    grow = {2: F.max_pool2d, 3: F.max_pool3d}[near.dim() - 2]
+    for _ in range(MARGIN):
+        near = grow(near, 3, stride=1, padding=1)
+    return near[0, 0].nonzero() if near.mean() < 0.5 else None
 
 
 def squared_gradient(field: torch.Tensor) -> torch.Tensor:
@@ -201,11 +234,14 @@ def optimise(
     def current() -> Velocities:
         return tuple(velocity + smooth(update) for velocity, update in zip(start, updates, strict=True))
 
-    for _ in range(level.steps):
-        deformation = integrate(current(), squarings).resized(grid)
-        loss = registration_loss(deformation, fixed, moving, smoothness)
+    voxels = None
+    for step in range(level.steps):
+        deformation = integrate(current(), squarings)
+        if step % LOOK_AGAIN == 0 and fixed[0, 0].numel() >= LARGE:
+            voxels = voxels_in_play(deformation, fixed, moving)
+        loss = registration_loss(deformation, fixed, moving, smoothness, voxels)
         adam.zero_grad()
-        loss.total.backward()
+        (len(fixed) * loss.total).backward()  # the gradient of each pair is what it would be alone
         adam.step()
     with torch.no_grad():
         return current()

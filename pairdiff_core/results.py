@@ -266,8 +266,7 @@ def describe_synthetic(run: Run, autoencoder: Stage, synthetic: PairSet) -> dict
     compared = min(COMPARED, len(run.train), len(synthetic))
     some = torch.randperm(len(run.train), generator=run.generator("compare"))[:compared].tolist()
     real, new = (
-        pipeline.register_pairs(run, pairs, batch=16).displacement
-        for pairs in (run.train[some], synthetic[:compared])
+        pipeline.register_pairs(run, pairs).displacement for pairs in (run.train[some], synthetic[:compared])
     )
     seen = {name: _reconstruct(autoencoder, pairs.labels) for name, pairs in _splits(run)} | {
         "synthetic": synthetic.labels

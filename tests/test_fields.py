@@ -39,6 +39,17 @@ def test_warp_outside_repeats_the_border_or_is_zero():
     assert torch.all(fields.warp(image, far, padding="zeros") == 0)
 
 
+@pytest.mark.parametrize("spatial", [(24, 20), (16, 12, 20)])
+def test_some_voxels_are_warped_as_all_are(spatial):
+    """Also when the displacement is on a coarser grid, and where it points out of the image."""
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, *spatial)
+    coarse = 3 * torch.randn(2, len(spatial), *[size // 4 for size in spatial])
+    voxels = (torch.rand(spatial) < 0.3).nonzero()
+    expected = fields.warp(image, fields.resize_field(coarse, spatial))[(..., *voxels.T)]
+    torch.testing.assert_close(fields.warp_at(image, coarse, voxels), expected)
+
+
 def test_warp_refuses_another_grid():
     with pytest.raises(ValueError, match="differ"):
         fields.warp(torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 8, 9))

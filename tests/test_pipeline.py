@@ -1,5 +1,6 @@
 """All five stages on a very small run: they fit together, load what is there, and repeat bit by bit."""
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -86,9 +87,12 @@ def test_the_history_holds_the_health_of_the_codebook(stages):
 
 
 @pytest.mark.parametrize("instance", [False, True])
-def test_registering_by_network_gives_the_pairs_grid_both_ways(run, stages, instance):
+def test_registering_by_network_gives_the_pairs_grid_both_ways(run, stages, instance, monkeypatch):
     network = stages[-1]
-    deformation = pipeline.register_pairs(run, run.test[:3], network, instance=instance, batch=2)
+    monkeypatch.setattr(
+        pipeline, "VOXELS_AT_ONCE", 2 * math.prod(run.test.spatial)
+    )  # three pairs: two and one
+    deformation = pipeline.register_pairs(run, run.test[:3], network, instance=instance)
     assert deformation.displacement.shape == deformation.inverse.shape == (3, 2, *run.test.spatial)
 
 

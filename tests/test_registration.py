@@ -168,3 +168,51 @@ def test_odd_sizes_are_registered_too(spatial):
 def test_images_too_small_for_the_network_are_refused():
     with pytest.raises(ValueError, match="at least 32 voxels a side"):
         small_network((24, 40))(ball_maps((24, 40), 0), ball_maps((24, 40), 1))
+
+
+def two_balls(spatial, middle):
+    """A map of two balls, (1, 1, *spatial), the second one opposite to the first; little of the image is filled."""
+    places = fields.identity_grid(spatial)
+    opposite = [size - 1 - x for size, x in zip(spatial, middle, strict=True)]
+    near = [
+        (places - torch.tensor(x).reshape(-1, *[1] * len(spatial))).norm(dim=0) < 3
+        for x in (middle, opposite)
+    ]
+    return (near[0] | near[1]).float()[None, None]
+
+
+@pytest.mark.parametrize(("spatial", "middle"), [((48, 40), [12.0, 9.0]), ((32, 28, 36), [9.0, 8.0, 9.0])])
+def test_looking_at_the_voxels_in_play_alone_loses_nothing(spatial, middle):
+    fixed, moving = two_balls(spatial, middle), two_balls(spatial, [x + 2 for x in middle])
+    velocity = fields.random_velocity(
+        1, [s // 2 for s in spatial], amplitude=0.5, smoothness=8, generator=torch.Generator().manual_seed(0)
+    )
+    deformation = registration.integrate((velocity,))
+    voxels = registration.voxels_in_play(deformation, fixed, moving)
+    assert len(voxels) < 0.3 * fixed.numel()
+    some, everything = (
+        registration.registration_loss(deformation, fixed, moving, 0.1, v) for v in (voxels, None)
+    )
+    for a, b in zip(some, everything, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_where_most_of_an_image_is_in_play_all_of_it_is_looked_at():
+    full, still = torch.ones(1, 1, 16, 16), torch.zeros(1, 2, 16, 16)
+    assert registration.voxels_in_play(registration.Deformation(still, still), full, full) is None
+
+
+def test_structures_that_move_far_stay_in_play(monkeypatch):
+    """The balls start nine voxels apart, farther than the margin around them: the choice has to follow them."""
+    monkeypatch.setattr(registration, "LARGE", 0)
+    spatial = (64, 64)
+    fixed, moving = two_balls(spatial, [14.0, 14.0]), two_balls(spatial, [18.0, 22.0])
+    start = (torch.zeros(1, 2, 16, 16),)
+    levels = [Level(scale=4, control=1, steps=40, learning_rate=0.1), Level(1, 4, 40, 0.1)]
+    for level in levels:
+        start = registration.optimise(fixed, moving, start, level, smoothness=0.01)
+    found = registration.integrate(start).resized(spatial)
+    before, after = (
+        (image - fixed).abs().mean() for image in (moving, fields.warp(moving, found.displacement))
+    )
+    assert after < 0.25 * before
