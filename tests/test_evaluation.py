@@ -27,7 +27,7 @@ def test_numbers_are_those_of_the_results(lungs, method):
     trained = None if method == "baseline" else load_trained(run.path)
     cases = list(evaluation.evaluate(run, method, trained))
     found = pipeline.register_pairs(
-        run, run.test, None if method == "baseline" else stage, instance=method == "network+instance", batch=1
+        run, run.test, None if method == "baseline" else stage, instance=method == "network+instance"
     )
     expected, before, summary = (
         results.score(run.test, found),
