@@ -58,9 +58,7 @@ def warp(
         )
     size = _voxels(image.shape[2:], displacement)
     centres = (2 * identity_grid(image.shape[2:], displacement.device) + 1) / size - 1
-    return _sample(
-        image, centres + displacement * (2 / size), mode, padding
-    )  # fewer gradients than for sums of voxels
+    return _sample(image, centres + displacement * (2 / size), mode, padding)  # all else is constant
 
 
 def warp_at(image: torch.Tensor, displacement: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:

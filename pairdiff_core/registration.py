@@ -47,12 +47,14 @@ def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
     One velocity: exp(v1). Two: exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al. 2023,
     eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be.
     """
-    first, *rest = (torch.cat([velocity, -velocity]) for velocity in velocities)  # both ways at once
-    if rest:
+
+    def flow(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if not rest:
+            return exponentiate(first, squarings)
         half = exponentiate(first / 2, squarings)
-        both = compose(compose(half, exponentiate(rest[0], squarings)), half)
-    else:
-        both = exponentiate(first, squarings)
+        return compose(compose(half, flow(*rest)), half)
+
+    both = flow(*(torch.cat([velocity, -velocity]) for velocity in velocities))  # forth and back in one batch
     return Deformation(*both.chunk(2))
 
 

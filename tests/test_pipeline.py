@@ -89,9 +89,8 @@ def test_the_history_holds_the_health_of_the_codebook(stages):
 @pytest.mark.parametrize("instance", [False, True])
 def test_registering_by_network_gives_the_pairs_grid_both_ways(run, stages, instance, monkeypatch):
     network = stages[-1]
-    monkeypatch.setattr(
-        pipeline, "VOXELS_AT_ONCE", 2 * math.prod(run.test.spatial)
-    )  # three pairs: two and one
+    two_pairs = 2 * math.prod(run.test.spatial)  # so that three are registered as two and one
+    monkeypatch.setattr(pipeline, "VOXELS_AT_ONCE", two_pairs)
     deformation = pipeline.register_pairs(run, run.test[:3], network, instance=instance)
     assert deformation.displacement.shape == deformation.inverse.shape == (3, 2, *run.test.spatial)
 
