@@ -236,7 +236,7 @@ def register(
     network: Annotated[str, typer.Option(help="Which network of the run.")] = "synthetic",
     steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Of instance optimisation; 0: network alone. Without --run: a level."),
+        typer.Option(min=0, help="At each level of the optimisation; with --run, 0: network alone."),
     ] = None,
     form: Annotated[
         FormatName, typer.Option("--format", help="itk: mm, LPS; l2r: voxels, Learn2Reg.")
@@ -265,8 +265,9 @@ def register(
         profile = volume_registration.with_steps(get_profile("laptop", len(pair.spatial)), steps)
         found = volume_registration.register_without_training(labels, num_labels, profile)
     else:
-        chosen = trained.profile.registration.instance.steps if steps is None else steps
-        found = volume_registration.register_by_network(labels, pair.spacing, trained, chosen)
+        chosen = volume_registration.with_steps(trained.profile, steps)
+        levels = () if steps == 0 else chosen.registration.instance
+        found = volume_registration.register_by_network(labels, pair.spacing, trained, levels)
     seconds, displacement = time.perf_counter() - started, found.displacement[0]
     volumes.write_field(out, pair, displacement, form.value)
     if warped is not None:

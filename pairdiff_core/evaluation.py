@@ -63,8 +63,8 @@ def evaluate(run: Run, method: str, trained: Trained | None = None) -> Iterator[
 def _register(run: Run, pair: PairSet, method: str, trained: Trained | None) -> Deformation:
     if method == "baseline":
         return register_without_training(pair.labels[0], pair.num_labels, run.profile)
-    steps = trained.profile.registration.instance.steps if method == "network+instance" else 0
-    return register_by_network(pair.labels[0], pair.spacing, trained, steps)
+    levels = trained.profile.registration.instance if method == "network+instance" else ()
+    return register_by_network(pair.labels[0], pair.spacing, trained, levels)
 
 
 def _case(pair: PairSet, found: Deformation, seconds: float) -> dict[str, Any]:

@@ -337,9 +337,9 @@ def register_pairs(
                 fixed, moving, levels, smoothness=numbers.smoothness, squarings=numbers.squarings
             )
         else:
-            level = numbers.instance if instance else None
+            afterwards = numbers.instance if instance else ()
             deformation = registration.register(
-                network.model, fixed, moving, level, smoothness=numbers.smoothness
+                network.model, fixed, moving, afterwards, smoothness=numbers.smoothness
             )
         found.append(deformation)
     return Deformation(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))

@@ -91,7 +91,7 @@ class RegistrationProfile:
     steps: int
     batch: int
     learning_rate: float
-    instance: Level  # published: 50 steps
+    instance: tuple[Level, ...]  # of a network's answer, coarse to fine (published: one level of 50 steps)
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
     control: int | None = None  # velocities of the network on a grid this many times coarser still
     coarser: int | None = None  # the first of its U-Nets sees images this many times coarser, and is wider
@@ -150,7 +150,7 @@ _QUICK_2D = Profile(
         steps=120,
         batch=8,
         learning_rate=4e-3,
-        instance=Level(scale=2, control=1, steps=20, learning_rate=0.05),
+        instance=(Level(scale=2, control=1, steps=20, learning_rate=0.05),),
         baseline=tuple(Level(scale=scale, control=1, steps=25, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
 )
@@ -192,7 +192,7 @@ _LAPTOP_2D = Profile(
         steps=800,
         batch=4,
         learning_rate=2e-3,
-        instance=Level(scale=2, control=1, steps=30, learning_rate=0.05),
+        instance=(Level(scale=2, control=1, steps=30, learning_rate=0.05),),
         baseline=tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
 )
@@ -233,7 +233,7 @@ _PAPER_2D = Profile(
         steps=20_000,
         batch=4,
         learning_rate=1e-3,
-        instance=Level(scale=2, control=1, steps=50, learning_rate=0.05),
+        instance=(Level(scale=2, control=1, steps=50, learning_rate=0.05),),
         baseline=tuple(Level(scale=scale, control=1, steps=60, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
 )
@@ -279,7 +279,7 @@ _QUICK_3D = Profile(
         steps=60,
         batch=2,
         learning_rate=4e-3,
-        instance=Level(scale=1, control=4, steps=20, learning_rate=0.2),
+        instance=(Level(scale=1, control=4, steps=20, learning_rate=0.2),),
         baseline=tuple(Level(max(1, scale // 4), control, 20, rate) for scale, control, rate in _LUNG_LEVELS),
         control=2,
     ),
@@ -324,7 +324,7 @@ _LAPTOP_3D = Profile(
         steps=1000,
         batch=1,
         learning_rate=4e-3,
-        instance=Level(scale=1, control=4, steps=40, learning_rate=0.2),
+        instance=(Level(4, 2, 60, 0.3), Level(2, 2, 40, 0.2), Level(1, 4, 30, 0.2)),
         baseline=tuple(Level(scale // 2, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
         control=2,
         coarser=2,
@@ -353,7 +353,7 @@ _PAPER_3D = Profile(
         squarings=12,
         smoothness=0.5,
         batch=1,
-        instance=Level(scale=2, control=4, steps=50, learning_rate=0.2),
+        instance=(Level(scale=2, control=4, steps=50, learning_rate=0.2),),
         baseline=tuple(Level(scale, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
     ),
 )

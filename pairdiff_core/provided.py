@@ -95,10 +95,12 @@ def load_stage(
 
 def _registration_of(numbers: dict[str, Any]) -> RegistrationProfile:
     """The settings as a checkpoint describes them, where tuples have become lists."""
-    levels = {
-        "instance": Level(*numbers["instance"]),
-        "baseline": tuple(Level(*row) for row in numbers["baseline"]),
+    one = not isinstance(numbers["instance"][0], list)  # instance optimisation had a single level once
+    rows = {
+        "instance": [numbers["instance"]] if one else numbers["instance"],
+        "baseline": numbers["baseline"],
     }
+    levels = {name: tuple(Level(*row) for row in rows[name]) for name in rows}
     return RegistrationProfile(**{**numbers, **levels, "channels": tuple(numbers["channels"])})
 
 

@@ -249,6 +249,21 @@ def optimise(
         return current()
 
 
+def refine(
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    velocities: Velocities,
+    levels: Sequence[Level],
+    *,
+    smoothness: float,
+    squarings: int = 6,
+) -> Velocities:
+    """One :func:`optimise` after the other, each from where the last one ended; without levels, nothing changes."""
+    for level in levels:
+        velocities = optimise(fixed, moving, velocities, level, smoothness=smoothness, squarings=squarings)
+    return velocities
+
+
 def register_multilevel(
     fixed: torch.Tensor,
     moving: torch.Tensor,
@@ -260,8 +275,7 @@ def register_multilevel(
     """The no-training baseline: from the identity, coarse to fine, one velocity; displacement on the images' grid."""
     dims = fixed.dim() - 2
     velocities: Velocities = (fixed.new_zeros((len(fixed), dims, *[1] * dims)),)
-    for level in levels:
-        velocities = optimise(fixed, moving, velocities, level, smoothness=smoothness, squarings=squarings)
+    velocities = refine(fixed, moving, velocities, levels, smoothness=smoothness, squarings=squarings)
     with torch.no_grad():
         return integrate(velocities, squarings).resized(fixed.shape[2:])
 
@@ -270,20 +284,19 @@ def register(
     network: TwoStepNetwork,
     fixed: torch.Tensor,
     moving: torch.Tensor,
-    instance: Level | None = None,
+    instance: Sequence[Level] = (),
     *,
     smoothness: float = 0.0,
 ) -> Deformation:
-    """Register maps (N, M, *spatial) by a trained network, then optionally optimise for these very images.
+    """Register maps (N, M, *spatial) by a trained network, then optimise for these very images, level by level.
 
     Returns the deformation on the images' grid, in its voxels.
     """
     network.eval()
     with torch.no_grad():
         velocities = network.velocities(fixed, moving)
-    if instance is not None:
-        velocities = optimise(
-            fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
-        )
+    velocities = refine(
+        fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
+    )
     with torch.no_grad():
         return integrate(velocities, network.squarings).resized(fixed.shape[2:])

@@ -13,6 +13,8 @@ import torch
 
 from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 
+AFTERWARDS = {"instance", "baseline"}  # optimisers, in RegistrationProfile: training does not depend on them
+
 
 class Paused(RuntimeError):
     """Work stopped because it was asked to; what is done is kept, and the same call goes on from there."""
@@ -135,7 +137,9 @@ def check_config(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as the lists that JSON makes of them; without what is None, so that a setting may be added later."""
+    """Tuples as the lists that JSON makes of them; without AFTERWARDS and what is None, as a new setting."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {
+            key: _plain(item) for key, item in value.items() if item is not None and key not in AFTERWARDS
+        }
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -22,8 +22,8 @@ from pairdiff_core import pipeline, provided
 from pairdiff_core.checkpoints import CheckpointError
 from pairdiff_core.data import grid_affine
 from pairdiff_core.pairs import DataError, resize_labels
-from pairdiff_core.profiles import Profile
-from pairdiff_core.registration import Deformation, integrate, optimise, pool, register_multilevel
+from pairdiff_core.profiles import Level, Profile
+from pairdiff_core.registration import Deformation, integrate, pool, refine, register_multilevel
 from pairdiff_core.runs import Run, Stage, open_run
 from pairdiff_core.training import best_device
 from pairdiff_core.volumes import VolumePair, crop_to, pad_to
@@ -190,11 +190,15 @@ def differences(pair: VolumePair, trained: Trained) -> list[str]:
 
 
 def with_steps(profile: Profile, steps: int | None) -> Profile:
-    """The profile with so many steps at each level of its no-training optimiser; None leaves it as it is."""
+    """The profile with so many steps at each level of its optimisers; None leaves it as it is."""
     if steps is None:
         return profile
-    levels = tuple(level._replace(steps=steps) for level in profile.registration.baseline)
-    return replace(profile, registration=replace(profile.registration, baseline=levels))
+    settings = profile.registration
+    levels = {
+        name: tuple(level._replace(steps=steps) for level in getattr(settings, name))
+        for name in ("baseline", "instance")
+    }
+    return replace(profile, registration=replace(settings, **levels))
 
 
 def register_without_training(labels: torch.Tensor, num_labels: int, profile: Profile) -> Deformation:
@@ -216,9 +220,9 @@ def register_without_training(labels: torch.Tensor, num_labels: int, profile: Pr
 
 
 def register_by_network(
-    labels: torch.Tensor, spacing: Sequence[float], trained: Trained, steps: int = 0
+    labels: torch.Tensor, spacing: Sequence[float], trained: Trained, instance: Sequence[Level] = ()
 ) -> Deformation:
-    """A network on labels uint8 (2, *spatial) that it knows, of any size, then ``steps`` of instance optimisation.
+    """A network on labels uint8 (2, *spatial) that it knows, of any size, then levels of instance optimisation.
 
     Args:
         spacing: of the labels, mm.
@@ -238,12 +242,11 @@ def register_by_network(
     )
     with torch.no_grad():
         velocities = network.velocities(fixed, moving)
-    if steps:
+    if instance:
         coarser = coarsening(seen.padded, trained.profile.spatial)
         fixed, moving = _maps(labels, seen.padded, num_labels, coarser)
-        level = settings.instance._replace(steps=steps)
-        velocities = optimise(
-            fixed, moving, velocities, level, smoothness=settings.smoothness, squarings=network.squarings
+        velocities = refine(
+            fixed, moving, velocities, instance, smoothness=settings.smoothness, squarings=network.squarings
         )
     with torch.no_grad():
         return _cropped(integrate(velocities, network.squarings), seen.padded, spatial)

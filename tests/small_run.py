@@ -33,7 +33,7 @@ def small_run(folder, seed=0, **changes):
             steps=20,
             batch=4,
             learning_rate=2e-2,
-            instance=Level(scale=2, control=1, steps=3, learning_rate=0.1),
+            instance=(Level(scale=2, control=1, steps=3, learning_rate=0.1),),
             baseline=(Level(scale=2, control=1, steps=5, learning_rate=0.2),),
         ),
     )
@@ -72,7 +72,7 @@ def small_run_3d(folder, seed=0):
             channels=(4, 4, 4, 4, 4, 4),
             steps=4,
             learning_rate=2e-2,
-            instance=Level(scale=2, control=2, steps=3, learning_rate=0.1),
+            instance=(Level(scale=2, control=2, steps=3, learning_rate=0.1),),
             baseline=(Level(scale=2, control=2, steps=10, learning_rate=0.3),),
         ),
     )

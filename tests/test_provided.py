@@ -9,9 +9,9 @@ import torch
 from small_run import small_run
 
 from pairdiff_core import pipeline, provided, results
-from pairdiff_core.checkpoints import CheckpointError, load_checkpoint
+from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from pairdiff_core.data import DATASETS, default_dataset
-from pairdiff_core.profiles import get_profile
+from pairdiff_core.profiles import Level, get_profile
 from pairdiff_core.runs import Run
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -100,6 +100,18 @@ def test_a_model_of_other_sizes_is_refused(finished, monkeypatch):
     monkeypatch.setattr(provided, "get_profile", lambda name, dims: other)
     with pytest.raises(CheckpointError, match="vqae.safetensors: the tensor"):
         provided.load(folder)
+
+
+def test_a_network_from_before_instance_optimisation_had_levels_is_read(finished):
+    run, folder = finished
+    path = folder / "registration-synthetic.safetensors"
+    levels = provided.load_stage(folder, path.stem, pipeline.new_registration)[0].registration.instance
+    assert levels == run.profile.registration.instance
+    tensors, metadata = load_checkpoint(path)
+    metadata["config"]["numbers"]["instance"] = [2, 1, 7, 0.1]  # one level, as it was then
+    save_checkpoint(path, tensors, metadata)
+    profile, _ = provided.load_stage(folder, path.stem, pipeline.new_registration)
+    assert profile.registration.instance == (Level(2, 1, 7, 0.1),)
 
 
 def test_a_stage_that_is_missing_is_named_before_anything_is_written(finished, tmp_path):

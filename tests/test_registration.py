@@ -104,7 +104,7 @@ def test_instance_optimisation_improves_on_its_start_and_keeps_the_inverse(spati
     network = small_network(spatial, trained=False)
     fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 2)
     before = registration.register(network, fixed, moving)
-    after = registration.register(network, fixed, moving, Level(2, 2, 30, 0.2), smoothness=0.05)
+    after = registration.register(network, fixed, moving, [Level(2, 2, 30, 0.2)], smoothness=0.05)
 
     def misfit(deformation):
         return (fields.warp(moving, deformation.displacement) - fixed).abs().mean()

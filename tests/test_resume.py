@@ -208,6 +208,16 @@ def test_a_part_that_is_damaged_or_of_other_settings_is_named(tmp_path):
         bookmark({"steps": 3}).load()
 
 
+def test_settings_of_what_comes_after_training_may_change(tmp_path):
+    def config(instance, scale):
+        return {"numbers": {"instance": instance, "scale": scale}, "warped": False}
+
+    Bookmark(tmp_path / "x.part", config(((1, 4, 40, 0.2),), 2)).write({"a": torch.zeros(2)}, {})
+    assert Bookmark(tmp_path / "x.part", config(((4, 2, 60, 0.3), (2, 2, 40, 0.2)), 2)).load() is not None
+    with pytest.raises(CheckpointError, match=r"other settings \(numbers differ"):
+        Bookmark(tmp_path / "x.part", config(((1, 4, 40, 0.2),), 1)).load()
+
+
 def test_the_seconds_before_an_interruption_count(tmp_path):
     first = Bookmark(tmp_path / "x.part", {})
     first.started -= 100

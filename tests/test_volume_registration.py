@@ -52,8 +52,8 @@ def test_on_its_own_grid_a_network_does_what_the_stage_does(kind, instance, requ
     pair = run.test[:1]
     if kind == "slices":  # the folder tells the profile by name only, and the small grid is none of its own
         trained = replace(trained, profile=replace(trained.profile, spatial=run.profile.spatial))
-    steps = run.profile.registration.instance.steps if instance else 0
-    found = register_by_network(pair.labels[0], pair.spacing, trained, steps)
+    levels = run.profile.registration.instance if instance else ()
+    found = register_by_network(pair.labels[0], pair.spacing, trained, levels)
     expected = pipeline.register_pairs(run, pair, stage, instance=instance)
     assert expected.displacement.abs().max() > 0.1
     for field, other in zip(found, expected, strict=True):
