@@ -94,6 +94,7 @@ class RegistrationProfile:
     instance: tuple[Level, ...]  # of a network's answer, coarse to fine (published: one level of 50 steps)
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
     control: int | None = None  # velocities of the network on a grid this many times coarser still
+    scales: int | None = None  # training compares images at so many scales, each half the last (published: 1)
     coarser: int | None = None  # the first of its U-Nets sees images this many times coarser, and is wider
 
 
