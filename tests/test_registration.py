@@ -144,7 +144,7 @@ def test_the_loss_is_zero_only_for_a_perfect_and_smooth_match():
 
 
 def test_coarser_scales_tell_of_a_thin_structure_that_is_far_off():
-    """A line 12 voxels away overlaps with nothing; when it comes nearer, only the coarser views see that it is better."""
+    """A line 12 voxels away overlaps with nothing; when it comes nearer, only the coarser views see it."""
 
     def loss(offset, scales):
         fixed, moving = torch.zeros(2, 1, 1, 32, 32)
