@@ -328,6 +328,7 @@ _LAPTOP_3D = Profile(
         instance=(Level(4, 2, 60, 0.3), Level(2, 2, 40, 0.2), Level(1, 4, 30, 0.2)),
         baseline=tuple(Level(scale // 2, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
         control=2,
+        scales=4,
         coarser=2,
     ),
     mixed_precision=("denoiser", "synthesis"),
