@@ -252,7 +252,6 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
             registration.pool(fixed, numbers.scale),
             registration.pool(moving, numbers.scale),
             numbers.smoothness,
-            scales=numbers.scales or 1,
         )
         return {"loss": terms.total, "dissimilarity": terms.dissimilarity, "roughness": terms.roughness}
 

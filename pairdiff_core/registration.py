@@ -74,7 +74,6 @@ def registration_loss(
     moving: torch.Tensor,
     smoothness: float,
     voxels: torch.Tensor | None = None,
-    scales: int = 1,
 ) -> RegistrationLoss:
     """L1 between the maps (N, M, *spatial) after warping, both ways, plus ``smoothness`` x squared gradient.
 
@@ -82,17 +81,13 @@ def registration_loss(
 
     Args:
         voxels: int64 (K, D), to look at these only, as if the maps were alike everywhere else; by default at all.
-        scales: compare the maps also averaged over 2, 4, ... voxels a side, so many times in all, and add up. What is
-            thin and far off overlaps with nothing; only a coarse view tells which way to go. Not with ``voxels``.
     """
     images, targets = torch.cat([moving, fixed]), torch.cat([fixed, moving])  # both ways at once
     if voxels is None:
         differences = warp(images, torch.cat(deformation.resized(fixed.shape[2:]))) - targets
-        views = [pool(differences, 2**scale) for scale in range(scales)]
-        dissimilarity = sum(view.abs().sum() / view[:, 0].numel() for view in views)
     else:
         differences = warp_at(images, torch.cat(deformation), voxels) - targets[(..., *voxels.T)]
-        dissimilarity = differences.abs().sum() / targets[:, 0].numel()
+    dissimilarity = differences.abs().sum() / targets[:, 0].numel()
     roughness = (squared_gradient(deformation.displacement) + squared_gradient(deformation.inverse)) / 2
     return RegistrationLoss(dissimilarity + smoothness * roughness, dissimilarity, roughness)
 
