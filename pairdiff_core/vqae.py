@@ -19,7 +19,12 @@ from torch import nn
 
 from pairdiff_core import processes
 from pairdiff_core.pairs import one_hot
+from pairdiff_core.slabs import decode_in_slabs
 
+LARGE, SLAB = (
+    2**29,
+    2**25,
+)  # numbers in the finest activations from which on, and in pieces of which, to decode
 FOREGROUND_WEIGHT = 2.5  # of every label but the background (1) in the cross-entropy, as published
 
 
@@ -190,14 +195,24 @@ class PairedVQAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Most likely label maps uint8 (N, 2, *spatial) of tokens int (N, *grid).
+        """Most likely label maps uint8 (N, 2, *spatial) of tokens int (N, *grid); large volumes go slab by slab."""
+        decoder, latent = self.network.decode, self.codebook.look_up(tokens)
+        spatial = [size * factor for size, factor in zip(tokens.shape[1:], self.reduction, strict=True)]
+        row = len(tokens) * self.network.channels[0] * math.prod(spatial[1:])
+        if row * spatial[0] <= LARGE:
+            return most_likely(decoder(latent))
+        return decode_in_slabs(decoder, latent, max(1, SLAB // row), most_likely)
 
-        Cross-entropy with weights is lowest for a softmax that overstates each label by its weight: here that is
-        taken back, or structures would come out too large.
-        """
-        logits = self._logits(self.codebook.look_up(tokens))
-        logits[:, :, 0] += math.log(FOREGROUND_WEIGHT)
-        return logits.argmax(2).to(torch.uint8)
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """Label maps uint8 (N, 2, *spatial) of a decoder's logits (N, 2C, *spatial).
+
+    Cross-entropy with weights is lowest for a softmax that overstates each label by its weight: here that is taken
+    back, or structures would come out too large.
+    """
+    logits = logits.unflatten(1, (2, -1)).clone()  # (N, 2C, *s) -> (N, 2, C, *s)
+    logits[:, :, 0] += math.log(FOREGROUND_WEIGHT)
+    return logits.argmax(2).to(torch.uint8)
 
 
 class VQAELoss(nn.Module):
