@@ -241,7 +241,7 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
     Args:
         pairs: real or synthetic ones.
         name: of the result in the run folder, such as "real" or "synthetic".
-        warped: whether each batch is freshly warped, as the autoencoder's are.
+        warped: whether each batch is freshly warped, as the autoencoder's are or as the profile says.
     """
     numbers = run.profile.registration
 
@@ -252,12 +252,13 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
             registration.pool(fixed, numbers.scale),
             registration.pool(moving, numbers.scale),
             numbers.smoothness,
+            scales=numbers.scales or 1,
         )
         return {"loss": terms.total, "dissimilarity": terms.dissimilarity, "roughness": terms.roughness}
 
     def fit(model: nn.Module, bookmark: Bookmark) -> training.History:
         samples = Samples(len(pairs), numbers.batch, run.seed_of("registration"))
-        augmentation = run.profile.vqae.augmentation if warped else None
+        augmentation = (numbers.augmentation or run.profile.vqae.augmentation) if warped else None
         return training.fit(
             model,
             WarpedPairs(pairs.labels, samples, augmentation),
@@ -339,7 +340,12 @@ def register_pairs(
         else:
             afterwards = numbers.instance if instance else ()
             deformation = registration.register(
-                network.model, fixed, moving, afterwards, smoothness=numbers.smoothness
+                network.model,
+                fixed,
+                moving,
+                afterwards,
+                smoothness=numbers.smoothness,
+                repeats=numbers.repeats or 1,
             )
         found.append(deformation)
     return Deformation(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))

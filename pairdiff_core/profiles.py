@@ -94,6 +94,11 @@ class RegistrationProfile:
     instance: tuple[Level, ...]  # of a network's answer, coarse to fine (published: one level of 50 steps)
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
     control: int | None = None  # velocities of the network on a grid this many times coarser still
+    scales: int | None = None  # training compares images at so many scales, each half the last (published: 1)
+    repeats: int | None = None  # of the second U-Net when pairs are registered (published: 1, as in training)
+    augmentation: Augmentation | None = (
+        None  # of its training pairs, where these are warped; else the autoencoder's
+    )
     coarser: int | None = None  # the first of its U-Nets sees images this many times coarser, and is wider
 
 
@@ -327,6 +332,9 @@ _LAPTOP_3D = Profile(
         instance=(Level(4, 2, 60, 0.3), Level(2, 2, 40, 0.2), Level(1, 4, 30, 0.2)),
         baseline=tuple(Level(scale // 2, control, 60, rate) for scale, control, rate in _LUNG_LEVELS),
         control=2,
+        scales=4,
+        repeats=3,
+        augmentation=Augmentation(affine=0.05, common=2.0, own=4.0, smoothness=24, coarser=4),
         coarser=2,
     ),
     mixed_precision=("denoiser", "synthesis"),

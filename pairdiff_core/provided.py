@@ -25,7 +25,7 @@ from pairdiff_core.data import DATASETS
 from pairdiff_core.fields import warp_labels
 from pairdiff_core.metrics import mean_dice
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Level, Profile, RegistrationProfile, get_profile
+from pairdiff_core.profiles import Augmentation, Level, Profile, RegistrationProfile, get_profile
 from pairdiff_core.runs import Run, Stage, fingerprint
 from pairdiff_core.training import best_device
 
@@ -101,7 +101,9 @@ def _registration_of(numbers: dict[str, Any]) -> RegistrationProfile:
         "baseline": numbers["baseline"],
     }
     levels = {name: tuple(Level(*row) for row in rows[name]) for name in rows}
-    return RegistrationProfile(**{**numbers, **levels, "channels": tuple(numbers["channels"])})
+    warps = numbers.get("augmentation")
+    rest = {"channels": tuple(numbers["channels"]), "augmentation": warps and Augmentation(**warps)}
+    return RegistrationProfile(**{**numbers, **levels, **rest})
 
 
 def folders() -> list[Path]:

@@ -1,6 +1,6 @@
 """Stage 5: deformable registration, inverse consistent by construction.
 
-A deformation is described by one or two stationary velocity fields (v1, v2). Negating them all inverts the
+A deformation is described by one or more stationary velocity fields (v1, v2, ...). Negating them all inverts the
 deformation exactly, up to interpolation; a network whose velocities change sign when its two images are swapped
 therefore gives register(B, A) = inverse of register(A, B). Background: Arsigny et al., MICCAI 2006 (scaling and
 squaring); Greer et al., "Inverse Consistency by Construction for Multistep Deep Registration", MICCAI 2023.
@@ -27,7 +27,7 @@ LARGE = 2**16  # voxels of an image from which on it pays to look at a part of t
 FAINT = 0.05  # less of a structure than this is taken for none then
 MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
 
-Velocities = tuple[torch.Tensor, ...]  # one or two float (N, D, *grid), in voxels of that grid
+Velocities = tuple[torch.Tensor, ...]  # one or more float (N, D, *grid), in voxels of that grid
 
 
 class Deformation(NamedTuple):
@@ -45,7 +45,8 @@ def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
     """Velocities as a deformation that is inverted by negating them.
 
     One velocity: exp(v1). Two: exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al. 2023,
-    eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be.
+    eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be. With more, the
+    next takes the place of exp(v2) in the same way.
     """
 
     def flow(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -74,6 +75,7 @@ def registration_loss(
     moving: torch.Tensor,
     smoothness: float,
     voxels: torch.Tensor | None = None,
+    scales: int = 1,
 ) -> RegistrationLoss:
     """L1 between the maps (N, M, *spatial) after warping, both ways, plus ``smoothness`` x squared gradient.
 
@@ -81,13 +83,17 @@ def registration_loss(
 
     Args:
         voxels: int64 (K, D), to look at these only, as if the maps were alike everywhere else; by default at all.
+        scales: compare the maps also averaged over 2, 4, ... voxels a side, so many times in all, and add up. What is
+            thin and far off overlaps with nothing; only a coarse view tells which way to go. Not with ``voxels``.
     """
     images, targets = torch.cat([moving, fixed]), torch.cat([fixed, moving])  # both ways at once
     if voxels is None:
         differences = warp(images, torch.cat(deformation.resized(fixed.shape[2:]))) - targets
+        views = [pool(differences, 2**scale) for scale in range(scales)]
+        dissimilarity = sum(view.abs().sum() / view[:, 0].numel() for view in views)
     else:
         differences = warp_at(images, torch.cat(deformation), voxels) - targets[(..., *voxels.T)]
-    dissimilarity = differences.abs().sum() / targets[:, 0].numel()
+        dissimilarity = differences.abs().sum() / targets[:, 0].numel()
     roughness = (squared_gradient(deformation.displacement) + squared_gradient(deformation.inverse)) / 2
     return RegistrationLoss(dissimilarity + smoothness * roughness, dissimilarity, roughness)
 
@@ -182,16 +188,23 @@ class TwoStepNetwork(nn.Module):
         forth, back = step(both).chunk(2)
         return smooth(pool(forth - back, self.control // coarser))
 
-    def velocities(self, fixed: torch.Tensor, moving: torch.Tensor) -> Velocities:
-        """Both velocities for maps (N, M, *spatial), on the control grid and in its voxels."""
+    def velocities(self, fixed: torch.Tensor, moving: torch.Tensor, repeats: int = 1) -> Velocities:
+        """Velocities for maps (N, M, *spatial), on the control grid and in its voxels; the outermost first.
+
+        Args:
+            repeats: how often the second step is taken, each time from where the last one led (published: 1, as in
+                training). What is farther apart than in training then needs not be reached in one go.
+        """
         smallest = 16 * self.scale * self.coarser  # the U-Net halves its grid four times
         if min(fixed.shape[2:]) < smallest:
             raise ValueError(f"images need at least {smallest} voxels a side, got {tuple(fixed.shape[2:])}")
         fixed, moving = pool(fixed, self.scale), pool(moving, self.scale)
-        first = self._velocity(self.steps[0], fixed, moving, self.coarser)
-        half = integrate((first / 2,), self.squarings).resized(fixed.shape[2:])
-        second = self._velocity(self.steps[1], warp(fixed, half.inverse), warp(moving, half.displacement))
-        return first, second
+        found = [self._velocity(self.steps[0], fixed, moving, self.coarser)]
+        for _ in range(repeats):
+            half = integrate((found[-1] / 2,), self.squarings).resized(fixed.shape[2:])
+            fixed, moving = warp(fixed, half.inverse), warp(moving, half.displacement)
+            found.append(self._velocity(self.steps[1], fixed, moving))
+        return tuple(found)
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> Deformation:
         """Register maps (N, M, *spatial); the deformation lives on the grid of the U-Nets, in its voxels."""
@@ -287,6 +300,7 @@ def register(
     instance: Sequence[Level] = (),
     *,
     smoothness: float = 0.0,
+    repeats: int = 1,
 ) -> Deformation:
     """Register maps (N, M, *spatial) by a trained network, then optimise for these very images, level by level.
 
@@ -294,7 +308,7 @@ def register(
     """
     network.eval()
     with torch.no_grad():
-        velocities = network.velocities(fixed, moving)
+        velocities = network.velocities(fixed, moving, repeats)
     velocities = refine(
         fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
     )

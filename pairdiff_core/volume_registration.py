@@ -241,7 +241,7 @@ def register_by_network(
         label_maps(at_sampling(whole, seen.grid, num_labels), num_labels, 1).to(best_device()).split(1)
     )
     with torch.no_grad():
-        velocities = network.velocities(fixed, moving)
+        velocities = network.velocities(fixed, moving, settings.repeats or 1)
     if instance:
         coarser = coarsening(seen.padded, trained.profile.spatial)
         fixed, moving = _maps(labels, seen.padded, num_labels, coarser)

@@ -66,6 +66,29 @@ def test_swapping_the_images_swaps_displacement_and_inverse(spatial, options):
     torch.testing.assert_close(forth.inverse, back.displacement, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_the_second_step_may_be_repeated_from_where_the_last_one_led(spatial):
+    network = small_network(spatial)
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
+    with torch.no_grad():
+        there, back = (
+            network.velocities(*images, repeats=3) for images in ((fixed, moving), (moving, fixed))
+        )
+        once = network.velocities(fixed, moving)
+    assert len(there) == 4 and len(once) == 2
+    for one, other in zip(once, there, strict=False):
+        assert torch.equal(one, other)
+    for one, other in zip(there, back, strict=True):  # swapping the images still swaps the signs
+        torch.testing.assert_close(one, -other, rtol=1e-3, atol=1e-3)
+    halves = [registration.integrate((velocity / 2,), 6) for velocity in there[:2]]
+    images = registration.pool(fixed, 2), registration.pool(moving, 2)
+    for half in halves:
+        images = fields.warp(images[0], half.inverse), fields.warp(images[1], half.displacement)
+    with torch.no_grad():
+        third = network._velocity(network.steps[1], *images)
+    torch.testing.assert_close(there[2], third)
+
+
 def test_the_first_step_sees_coarser_images_and_answers_on_the_same_grid():
     network, seen = small_network((64, 96), scale=1, control=2, coarser=2), []
     for step in network.steps:
@@ -141,6 +164,20 @@ def test_the_loss_is_zero_only_for_a_perfect_and_smooth_match():
     assert float(registration.registration_loss(still, maps, maps, 0.5).total) == 0
     shifted = registration.registration_loss(still, maps, ball_maps((16, 16), 2), 0.5)
     assert float(shifted.dissimilarity) > 0 and float(shifted.roughness) == 0
+
+
+def test_coarser_scales_tell_of_a_thin_structure_that_is_far_off():
+    """A line 12 voxels away overlaps with nothing; when it comes nearer, only the coarser views see it."""
+
+    def loss(offset, scales):
+        fixed, moving = torch.zeros(2, 1, 1, 32, 32)
+        fixed[..., 8, :], moving[..., 8 + offset, :] = 1, 1
+        still = registration.Deformation(*torch.zeros(2, 1, 2, 32, 32))
+        return float(registration.registration_loss(still, fixed, moving, 0.5, scales=scales).total)
+
+    assert loss(12, 1) == loss(6, 1) == pytest.approx(2 / 32)
+    assert loss(12, 4) > loss(6, 4) > loss(2, 4)
+    assert loss(0, 4) == 0
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
