@@ -63,7 +63,7 @@ def evaluate(run: Run, method: str, trained: Trained | None = None) -> Iterator[
 def _register(run: Run, pair: PairSet, method: str, trained: Trained | None) -> Deformation:
     if method == "baseline":
         return register_without_training(pair.labels[0], pair.num_labels, run.profile)
-    levels = trained.profile.registration.instance if method == "network+instance" else ()
+    levels = run.profile.registration.instance if method == "network+instance" else ()
     return register_by_network(pair.labels[0], pair.spacing, trained, levels)
 
 

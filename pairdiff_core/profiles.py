@@ -155,7 +155,7 @@ _QUICK_2D = Profile(
         steps=120,
         batch=8,
         learning_rate=4e-3,
-        instance=(Level(scale=2, control=1, steps=20, learning_rate=0.05),),
+        instance=(Level(scale=2, control=1, steps=20, learning_rate=0.1),),
         baseline=tuple(Level(scale=scale, control=1, steps=25, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
 )
@@ -197,7 +197,7 @@ _LAPTOP_2D = Profile(
         steps=800,
         batch=4,
         learning_rate=2e-3,
-        instance=(Level(scale=2, control=1, steps=30, learning_rate=0.05),),
+        instance=(Level(scale=2, control=1, steps=30, learning_rate=0.1),),
         baseline=tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
 )
@@ -238,7 +238,7 @@ _PAPER_2D = Profile(
         steps=20_000,
         batch=4,
         learning_rate=1e-3,
-        instance=(Level(scale=2, control=1, steps=50, learning_rate=0.05),),
+        instance=(Level(scale=2, control=1, steps=50, learning_rate=0.1),),
         baseline=tuple(Level(scale=scale, control=1, steps=60, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
 )

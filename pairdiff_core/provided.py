@@ -25,7 +25,8 @@ from pairdiff_core.data import DATASETS
 from pairdiff_core.fields import warp_labels
 from pairdiff_core.metrics import mean_dice
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Augmentation, Level, Profile, RegistrationProfile, get_profile
+from pairdiff_core.profiles import Augmentation, Profile, RegistrationProfile, get_profile
+from pairdiff_core.resume import AFTERWARDS
 from pairdiff_core.runs import Run, Stage, fingerprint
 from pairdiff_core.training import best_device
 
@@ -73,7 +74,8 @@ def load_stage(
     """One network of a run folder or provided model, ready to use, and its profile; no data are needed.
 
     The profile's registration settings are those that a registration network was trained with: scale and squarings
-    leave no trace in its weights, but other ones would give other fields.
+    leave no trace in its weights, but other ones would give other fields. What does not matter to training, as the
+    steps of optimisers, is as this version has it.
 
     Raises:
         CheckpointError: as :func:`load`.
@@ -83,7 +85,9 @@ def load_stage(
     try:
         profile = get_profile(metadata["provenance"]["profile"], DATASETS[metadata["dataset"]])
         if name.startswith("registration-"):
-            profile = replace(profile, registration=_registration_of(metadata["config"]["numbers"]))
+            profile = replace(
+                profile, registration=_registration_of(metadata["config"]["numbers"], profile.registration)
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not tell how it was made ({error}). Train it again.") from error
     model = new_model(profile)
@@ -93,17 +97,12 @@ def load_stage(
     return profile, Stage(model, metadata["history"], metadata["seconds"], loaded=True, fingerprint=weights)
 
 
-def _registration_of(numbers: dict[str, Any]) -> RegistrationProfile:
-    """The settings as a checkpoint describes them, where tuples have become lists."""
-    one = not isinstance(numbers["instance"][0], list)  # instance optimisation had a single level once
-    rows = {
-        "instance": [numbers["instance"]] if one else numbers["instance"],
-        "baseline": numbers["baseline"],
-    }
-    levels = {name: tuple(Level(*row) for row in rows[name]) for name in rows}
-    warps = numbers.get("augmentation")
-    rest = {"channels": tuple(numbers["channels"]), "augmentation": warps and Augmentation(**warps)}
-    return RegistrationProfile(**{**numbers, **levels, **rest})
+def _registration_of(numbers: dict[str, Any], today: RegistrationProfile) -> RegistrationProfile:
+    """The settings as a checkpoint describes them, but for those that come after training, which are today's."""
+    known = {key: value for key, value in numbers.items() if key not in AFTERWARDS}
+    warps = numbers.get("augmentation")  # tuples and dataclasses have become lists and dictionaries
+    known |= {"channels": tuple(numbers["channels"]), "augmentation": warps and Augmentation(**warps)}
+    return replace(today, **known)
 
 
 def folders() -> list[Path]:

@@ -27,7 +27,9 @@ LARGE = 2**16  # voxels of an image from which on it pays to look at a part of t
 FAINT = 0.05  # less of a structure than this is taken for none then
 MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
 
-Velocities = tuple[torch.Tensor, ...]  # one or more float (N, D, *grid), in voxels of that grid
+Velocities = tuple[
+    torch.Tensor, ...
+]  # one or more float (N, D, *grid), in voxels of that grid, the outermost first
 
 
 class Deformation(NamedTuple):
@@ -42,21 +44,39 @@ class Deformation(NamedTuple):
 
 
 def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
-    """Velocities as a deformation that is inverted by negating them.
+    """Velocities as a deformation that is inverted by negating them, on the grid of the last one.
 
     One velocity: exp(v1). Two: exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al. 2023,
     eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be. With more, the
     next takes the place of exp(v2) in the same way.
     """
+    *outer, inner = velocities
+    return _between(_halves(outer, inner.shape[2:], squarings), inner, squarings)
 
-    def flow(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        if not rest:
-            return exponentiate(first, squarings)
-        half = exponentiate(first / 2, squarings)
-        return compose(compose(half, flow(*rest)), half)
 
-    both = flow(*(torch.cat([velocity, -velocity]) for velocity in velocities))  # forth and back in one batch
-    return Deformation(*both.chunk(2))
+def _halves(
+    outer: Sequence[torch.Tensor], spatial: Sequence[int], squarings: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What encloses the innermost velocity: exp(v1 / 2), exp(v2 / 2), ... in this order, and in the reverse one.
+
+    Displacements (2N, D, *spatial), forth and back in one batch; None if there is nothing outside.
+    """
+    before = after = None
+    for velocity in outer:
+        both = resize_field(torch.cat([velocity, -velocity]), spatial)
+        half = exponentiate(both / 2, squarings)
+        before = half if before is None else compose(before, half)
+        after = half if after is None else compose(half, after)
+    return None if before is None else (before, after)
+
+
+def _between(
+    halves: tuple[torch.Tensor, torch.Tensor] | None, inner: torch.Tensor, squarings: int
+) -> Deformation:
+    middle = exponentiate(torch.cat([inner, -inner]), squarings)
+    if halves is not None:
+        middle = compose(compose(halves[0], middle), halves[1])
+    return Deformation(*middle.chunk(2))
 
 
 class RegistrationLoss(NamedTuple):
@@ -224,9 +244,9 @@ def optimise(
 ) -> Velocities:
     """Improve velocities for these very images (N, M, *spatial) by gradient descent; no training, no labels of others.
 
-    A smoothed update is added to each velocity; signs and compositions stay as they are, so the result is inverse
-    consistent by construction like its start. Velocities live and are integrated on a control grid that may be much
-    coarser than the images: a smooth flow needs no finer one, and there its cost is small.
+    A smoothed update is added to the innermost velocity; what encloses it stays, so the result is inverse consistent by
+    construction like its start, and no step costs more than with one velocity alone. Velocities are integrated on a
+    control grid that may be much coarser than the images: a smooth flow needs no finer one, and it is cheaper there.
 
     Args:
         velocities: where to start, on any grid over the same view.
@@ -234,7 +254,7 @@ def optimise(
         blur: standard deviation of a Gaussian on the pooled maps, in voxels of the level; 0 for none.
 
     Returns:
-        Velocities on the level's control grid, in its voxels.
+        Velocities, the innermost on the level's control grid, in its voxels.
     """
     fixed, moving = pool(fixed, level.scale), pool(moving, level.scale)
     grid = fixed.shape[2:]
@@ -242,24 +262,20 @@ def optimise(
         gaussian = GaussianFilter(len(grid), blur).to(fixed.device)
         fixed, moving = gaussian(fixed), gaussian(moving)
     control = [max(1, size // level.control) for size in grid]
-    start = tuple(resize_field(velocity.detach(), control) for velocity in velocities)
-    updates = [torch.zeros_like(velocity, requires_grad=True) for velocity in start]
-    adam = torch.optim.Adam(updates, lr=level.learning_rate)
-
-    def current() -> Velocities:
-        return tuple(velocity + smooth(update) for velocity, update in zip(start, updates, strict=True))
-
+    *outer, inner = (velocity.detach() for velocity in velocities)
+    start, halves = resize_field(inner, control), _halves(outer, control, squarings)
+    update = torch.zeros_like(start, requires_grad=True)
+    adam = torch.optim.Adam([update], lr=level.learning_rate)
     voxels = None
     for step in range(level.steps):
-        deformation = integrate(current(), squarings)
+        deformation = _between(halves, start + smooth(update), squarings)
         if step % LOOK_AGAIN == 0 and fixed[0, 0].numel() >= LARGE:
             voxels = voxels_in_play(deformation, fixed, moving)
         loss = registration_loss(deformation, fixed, moving, smoothness, voxels)
         adam.zero_grad()
         (len(fixed) * loss.total).backward()  # the gradient of each pair is what it would be alone
         adam.step()
-    with torch.no_grad():
-        return current()
+    return (*outer, start + smooth(update.detach()))
 
 
 def refine(

@@ -11,7 +11,7 @@ from small_run import small_run
 from pairdiff_core import pipeline, provided, results
 from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from pairdiff_core.data import DATASETS, default_dataset
-from pairdiff_core.profiles import Level, get_profile
+from pairdiff_core.profiles import get_profile
 from pairdiff_core.runs import Run
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -102,16 +102,15 @@ def test_a_model_of_other_sizes_is_refused(finished, monkeypatch):
         provided.load(folder)
 
 
-def test_a_network_from_before_instance_optimisation_had_levels_is_read(finished):
+def test_what_comes_after_training_is_as_this_version_has_it(finished):
     run, folder = finished
     path = folder / "registration-synthetic.safetensors"
-    levels = provided.load_stage(folder, path.stem, pipeline.new_registration)[0].registration.instance
-    assert levels == run.profile.registration.instance
     tensors, metadata = load_checkpoint(path)
-    metadata["config"]["numbers"]["instance"] = [2, 1, 7, 0.1]  # one level, as it was then
+    metadata["config"]["numbers"] |= {"instance": [2, 1, 7, 0.1], "squarings": 3}  # one level, as it was once
     save_checkpoint(path, tensors, metadata)
-    profile, _ = provided.load_stage(folder, path.stem, pipeline.new_registration)
-    assert profile.registration.instance == (Level(2, 1, 7, 0.1),)
+    profile, stage = provided.load_stage(folder, path.stem, pipeline.new_registration)
+    assert profile.registration.instance == run.profile.registration.instance
+    assert profile.registration.squarings == stage.model.squarings == 3
 
 
 def test_a_stage_that_is_missing_is_named_before_anything_is_written(finished, tmp_path):
