@@ -27,9 +27,8 @@ LARGE = 2**16  # voxels of an image from which on it pays to look at a part of t
 FAINT = 0.05  # less of a structure than this is taken for none then
 MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
 
-Velocities = tuple[
-    torch.Tensor, ...
-]  # one or more float (N, D, *grid), in voxels of that grid, the outermost first
+# One or more float (N, D, *grid), in voxels of that grid, the outermost first.
+Velocities = tuple[torch.Tensor, ...]
 
 
 class Deformation(NamedTuple):
@@ -104,8 +103,13 @@ def registration_loss(
     Args:
         voxels: int64 (K, D), to look at these only, as if the maps were alike everywhere else; by default at all.
         scales: compare the maps also averaged over 2, 4, ... voxels a side, so many times in all, and add up. What is
-            thin and far off overlaps with nothing; only a coarse view tells which way to go. Not with ``voxels``.
+            thin and far off overlaps with nothing; only a coarse view tells which way to go.
+
+    Raises:
+        ValueError: for several scales of single voxels.
     """
+    if voxels is not None and scales > 1:
+        raise ValueError("images cannot be averaged where only some of their voxels are looked at")
     images, targets = torch.cat([moving, fixed]), torch.cat([fixed, moving])  # both ways at once
     if voxels is None:
         differences = warp(images, torch.cat(deformation.resized(fixed.shape[2:]))) - targets
