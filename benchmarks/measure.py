@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 
 class Row(NamedTuple):
-    """One line of the table. ``ratio`` is how many times better ours is; it should be at least ``target``."""
+    """One line of the table.
+
+    ``ratio`` is how many times less ours is than the published, or how many times more where more is better. The target
+    is for the ratio, or, if ``absolute``, for ours.
+    """
 
     name: str
     unit: str
     ours: float
-    published: float
+    published: float | None
     target: float
-    less_is_better: bool = True
-    note: str = ""
+    absolute: bool = False
+    more_is_better: bool = False
 
     @property
-    def ratio(self) -> float:
-        better, worse = (self.published, self.ours) if self.less_is_better else (self.ours, self.published)
-        return better / worse
+    def ratio(self) -> float | None:
+        if self.published is None or not self.ours or not self.published:
+            return None
+        return self.ours / self.published if self.more_is_better else self.published / self.ours
 
     @property
     def reached(self) -> bool:
-        return self.ratio >= self.target
+        if not self.absolute:
+            return self.ratio is not None and self.ratio >= self.target
+        return self.ours >= self.target if self.more_is_better else self.ours <= self.target
 
     def described(self) -> dict[str, Any]:
         """As ``bench.json`` holds it."""
@@ -78,13 +85,15 @@ def peak_gib(work: Callable[..., Any], *arguments: Any) -> float:
 def _measure(sender: Any, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
     ready = work(*arguments)
-    before = resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+    before = largest_bytes()
     ready()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts it in KiB
-    sender.send(max(0, peak - before) / 2**30)
+    sender.send((largest_bytes() - before) / 2**30)
 
 
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def largest_bytes() -> int:
+    """The largest size that this process has had in memory, as Linux tells it."""
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return 1024 * int(line.split()[1])
