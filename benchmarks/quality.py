@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality runs/lungs --data DIR --json book/results/sampling.json
 
-``runs/lungs`` is a finished run. The published sampler takes 256 passes a pair, in hours on a CPU; it is kept in the folder
-and goes on where it stopped, and so does the training of the second denoiser, which judges both.
+``runs/lungs`` is a finished run. The published sampler takes 256 passes a pair, in hours on a CPU. It is kept in the
+folder and goes on where it stopped, and so does the training of the second denoiser, which judges both.
 """
 
 from __future__ import annotations
