@@ -324,6 +324,10 @@ def register(
 ) -> Deformation:
     """Register maps (N, M, *spatial) by a trained network, then optimise for these very images, level by level.
 
+    Args:
+        smoothness: of that optimisation, as :func:`optimise` takes it.
+        repeats: as :meth:`TwoStepNetwork.velocities` takes it.
+
     Returns the deformation on the images' grid, in its voxels.
     """
     network.eval()
