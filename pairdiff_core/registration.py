@@ -149,6 +149,16 @@ def squared_gradient(field: torch.Tensor) -> torch.Tensor:
     return sum(field.diff(dim=axis).square().mean() for axis in axes)
 
 
+def bending_energy(field: torch.Tensor) -> torch.Tensor:
+    """Mean squared second difference of a field (N, D, *spatial), summed over pairs of axes; affine maps have none.
+
+    Rueckert et al., IEEE TMI 1999, eq. 6. MONAI's ``BendingEnergyLoss`` indexes tensors in a way that torch has
+    deprecated, and warns at each call.
+    """
+    axes = range(2, field.dim())
+    return sum(field.diff(dim=a).diff(dim=b).square().mean() for a in axes for b in axes)
+
+
 def label_maps(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Label maps uint8 (N, *spatial) as float (N, C - 1, *spatial), without the background."""
     return one_hot(labels, num_labels)[:, 1:]
@@ -275,11 +285,22 @@ def optimise(
         deformation = _between(halves, start + smooth(update), squarings)
         if step % LOOK_AGAIN == 0 and fixed[0, 0].numel() >= LARGE:
             voxels = voxels_in_play(deformation, fixed, moving)
-        loss = registration_loss(deformation, fixed, moving, smoothness, voxels)
+        loss = registration_loss(deformation, fixed, moving, smoothness, voxels).total
+        if level.bending:
+            loss = loss + level.bending * bending_energy(torch.cat(deformation))
         adam.zero_grad()
-        (len(fixed) * loss.total).backward()  # the gradient of each pair is what it would be alone
+        (len(fixed) * loss).backward()  # the gradient of each pair is what it would be alone
         adam.step()
     return (*outer, start + smooth(update.detach()))
+
+
+def merged(velocities: Velocities) -> Velocities:
+    """One velocity in the place of several on one grid: their sum, which to first order has the same flow.
+
+    It leaves out the commutators of the Baker-Campbell-Hausdorff formula. But all of it can be optimised then, while
+    next to the innermost of several velocities the others stay as rough as a network made them.
+    """
+    return (sum(velocities),)
 
 
 def refine(
@@ -321,18 +342,22 @@ def register(
     *,
     smoothness: float = 0.0,
     repeats: int = 1,
+    merge: bool = False,
 ) -> Deformation:
     """Register maps (N, M, *spatial) by a trained network, then optimise for these very images, level by level.
 
     Args:
         smoothness: of that optimisation, as :func:`optimise` takes it.
         repeats: as :meth:`TwoStepNetwork.velocities` takes it.
+        merge: whether to optimise one velocity, that of :func:`merged`, and not the network's innermost.
 
     Returns the deformation on the images' grid, in its voxels.
     """
     network.eval()
     with torch.no_grad():
         velocities = network.velocities(fixed, moving, repeats)
+    if instance and merge:
+        velocities = merged(velocities)
     velocities = refine(
         fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
     )

@@ -13,7 +13,12 @@ import torch
 
 from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 
-AFTERWARDS = {"instance", "baseline", "repeats"}  # in RegistrationProfile: training does not depend on them
+AFTERWARDS = {
+    "instance",
+    "baseline",
+    "repeats",
+    "merge",
+}  # in RegistrationProfile: training does not depend on them
 
 
 class Paused(RuntimeError):

@@ -72,7 +72,8 @@ def small_run_3d(folder, seed=0):
             channels=(4, 4, 4, 4, 4, 4),
             steps=4,
             learning_rate=2e-2,
-            instance=(Level(scale=2, control=2, steps=3, learning_rate=0.1),),
+            instance=(Level(scale=2, control=2, steps=3, learning_rate=0.1, bending=0.1),),
+            merge=True,
             baseline=(Level(scale=2, control=2, steps=10, learning_rate=0.3),),
         ),
     )

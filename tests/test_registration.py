@@ -158,6 +158,28 @@ def test_squared_gradient_of_a_ramp():
     assert float(registration.squared_gradient(ramp)) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_bending_energy_is_zero_for_an_affine_map_and_that_of_a_parabola(dims):
+    x = fields.identity_grid([8] * dims)[None]  # (1, D, *spatial)
+    assert float(registration.bending_energy(0.3 * x + 2 * x.flip(1) + 1)) == pytest.approx(0, abs=1e-6)
+    parabola = torch.zeros_like(x)
+    parabola[:, 0] = 0.5 * x[:, 0] ** 2  # d2u0/dx0dx0 = 1, all else 0; mean over D channels
+    assert float(registration.bending_energy(parabola)) == pytest.approx(1 / dims)
+    saddle = torch.zeros_like(x)
+    saddle[:, 0] = x[:, 0] * x[:, 1]  # two mixed derivatives of 1
+    assert float(registration.bending_energy(saddle)) == pytest.approx(2 / dims)
+
+
+def test_a_level_may_weigh_the_bending():
+    fixed, moving = ball_maps((32, 40), 0), ball_maps((32, 40), 3)
+    stiff, soft = (
+        registration.register_multilevel(fixed, moving, [Level(2, 1, 30, 0.2, bending)], smoothness=0.0)
+        for bending in (2.0, 0.0)
+    )
+    energies = [float(registration.bending_energy(each.displacement)) for each in (stiff, soft)]
+    assert energies[0] < 0.5 * energies[1]
+
+
 def test_the_loss_is_zero_only_for_a_perfect_and_smooth_match():
     maps = ball_maps((16, 16), 0)
     still = registration.Deformation(torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16, 16))
@@ -260,3 +282,28 @@ def test_large_images_are_looked_at_again_as_they_move(monkeypatch, large, looks
     level = Level(scale=1, control=4, steps=2 * registration.LOOK_AGAIN + 1, learning_rate=0.1)
     registration.optimise(fixed, moving, (torch.zeros(1, 2, 16, 16),), level, smoothness=0.01)
     assert len(seen) == looks
+
+
+def test_several_velocities_become_one_that_moves_nearly_alike():
+    random = torch.Generator().manual_seed(0)
+    small = fields.random_velocity(2, (40, 48), amplitude=1.0, smoothness=16, generator=random)
+    velocities = (small[:1], small[1:])
+    (one,) = registration.merged(velocities)
+    both, single = (registration.integrate(each).displacement for each in (velocities, (one,)))
+    assert (both - single).norm(dim=1).mean() < 0.1 * both.norm(dim=1).mean()
+
+
+def test_a_merged_start_is_optimised_as_one_velocity():
+    spatial = (32, 64)
+    network, (fixed, moving) = small_network(spatial), (ball_maps(spatial, 0), ball_maps(spatial, 3))
+    levels = [Level(2, 2, 40, 0.2)]
+    found = registration.register(network, fixed, moving, levels, smoothness=0.05, repeats=2, merge=True)
+    with torch.no_grad():
+        start = registration.merged(network.velocities(fixed, moving, 2))
+    velocities = registration.refine(
+        fixed, moving, start, levels, smoothness=0.05, squarings=network.squarings
+    )
+    assert len(velocities) == 1
+    expected = registration.integrate(velocities, network.squarings).resized(spatial)
+    torch.testing.assert_close(found.displacement, expected.displacement)
+    assert float(metrics.inverse_consistency_error(*found)) < 0.1

@@ -51,8 +51,7 @@ def lungs(tmp_path_factory: pytest.TempPathFactory) -> tuple:
 def test_on_its_own_grid_a_network_does_what_the_stage_does(kind, instance, request):
     run, stage, trained = request.getfixturevalue(kind)
     pair = run.test[:1]
-    if kind == "slices":  # the folder tells the profile by name only, and the small grid is none of its own
-        trained = replace(trained, profile=replace(trained.profile, spatial=run.profile.spatial))
+    trained = replace(trained, profile=run.profile)  # the folder tells its name only
     levels = run.profile.registration.instance if instance else ()
     found = register_by_network(pair.labels[0], pair.spacing, trained, levels)
     expected = pipeline.register_pairs(run, pair, stage, instance=instance)
