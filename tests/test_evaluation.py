@@ -24,7 +24,9 @@ def lungs(tmp_path_factory):
 @pytest.mark.parametrize("method", evaluation.METHODS)
 def test_numbers_are_those_of_the_results(lungs, method):
     run, stage = lungs
-    trained = None if method == "baseline" else load_trained(run.path)
+    trained = None
+    if method != "baseline":  # the folder tells the profile's name only
+        trained = replace(load_trained(run.path), profile=run.profile)
     cases = list(evaluation.evaluate(run, method, trained))
     found = pipeline.register_pairs(
         run, run.test, None if method == "baseline" else stage, instance=method == "network+instance"
