@@ -6,7 +6,6 @@ settings, data or earlier stages is refused, never mixed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from math import prod
@@ -72,12 +71,8 @@ def new_registration(profile: Profile) -> TwoStepNetwork:
     )
 
 
-def train_vqae(run: Run, new_model: Callable[[Profile], nn.Module] = new_vqae) -> Stage:
-    """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook.
-
-    Args:
-        new_model: the untrained autoencoder, to train another one in the same way.
-    """
+def train_vqae(run: Run) -> Stage:
+    """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook."""
     numbers, pairs = run.profile.vqae, run.train
     criterion = vqae.VQAELoss(pairs.num_labels).to(training.best_device())
 
@@ -108,7 +103,7 @@ def train_vqae(run: Run, new_model: Callable[[Profile], nn.Module] = new_vqae) -
         )
 
     config = {"numbers": asdict(numbers), "training pairs": fingerprint(pairs.labels)}
-    return load_or_train(run, "vqae", config, partial(new_model, run.profile), fit)
+    return load_or_train(run, "vqae", config, partial(new_vqae, run.profile), fit)
 
 
 def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:

@@ -13,12 +13,8 @@ import torch
 
 from pairdiff_core.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 
-AFTERWARDS = {
-    "instance",
-    "baseline",
-    "repeats",
-    "merge",
-}  # in RegistrationProfile: training does not depend on them
+# In RegistrationProfile: training does not depend on them.
+AFTERWARDS = {"instance", "baseline", "repeats", "merge"}
 
 
 class Paused(RuntimeError):
