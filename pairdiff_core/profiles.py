@@ -97,7 +97,7 @@ class RegistrationProfile:
     control: int | None = None  # velocities of the network on a grid this many times coarser still
     scales: int | None = None  # training compares images at so many scales, each half the last (published: 1)
     repeats: int | None = None  # of the second U-Net when pairs are registered (published: 1, as in training)
-    merge: bool | None = None  # instance optimisation starts from one velocity, the sum of the network's
+    merge: bool | None = None  # instance optimisation is of one velocity, from theirs merged or from nothing
     augmentation: Augmentation | None = None  # where its pairs are warped; else the autoencoder's
     coarser: int | None = None  # the first of its U-Nets sees images this many times coarser, and is wider
 

@@ -10,7 +10,7 @@ Images come in as *maps*: float (N, M, *spatial), one channel a structure, 0 to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -270,12 +270,8 @@ def optimise(
     Returns:
         Velocities, the innermost on the level's control grid, in its voxels.
     """
-    fixed, moving = pool(fixed, level.scale), pool(moving, level.scale)
-    grid = fixed.shape[2:]
-    if blur > 0:
-        gaussian = GaussianFilter(len(grid), blur).to(fixed.device)
-        fixed, moving = gaussian(fixed), gaussian(moving)
-    control = [max(1, size // level.control) for size in grid]
+    fixed, moving = _seen(fixed, level, blur), _seen(moving, level, blur)
+    control = [max(1, size // level.control) for size in fixed.shape[2:]]
     *outer, inner = (velocity.detach() for velocity in velocities)
     start, halves = resize_field(inner, control), _halves(outer, control, squarings)
     update = torch.zeros_like(start, requires_grad=True)
@@ -285,13 +281,28 @@ def optimise(
         deformation = _between(halves, start + smooth(update), squarings)
         if step % LOOK_AGAIN == 0 and fixed[0, 0].numel() >= LARGE:
             voxels = voxels_in_play(deformation, fixed, moving)
-        loss = registration_loss(deformation, fixed, moving, smoothness, voxels).total
-        if level.bending:
-            loss = loss + level.bending * bending_energy(torch.cat(deformation))
+        loss = _level_loss(deformation, fixed, moving, level, smoothness, voxels)
         adam.zero_grad()
         (len(fixed) * loss).backward()  # the gradient of each pair is what it would be alone
         adam.step()
     return (*outer, start + smooth(update.detach()))
+
+
+def _seen(maps: torch.Tensor, level: Level, blur: float) -> torch.Tensor:
+    maps = pool(maps, level.scale)
+    return GaussianFilter(maps.dim() - 2, blur).to(maps.device)(maps) if blur > 0 else maps
+
+
+def _level_loss(
+    deformation: Deformation,
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    level: Level,
+    smoothness: float,
+    voxels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    loss = registration_loss(deformation, fixed, moving, smoothness, voxels).total
+    return loss + level.bending * bending_energy(torch.cat(deformation)) if level.bending else loss
 
 
 def merged(velocities: Velocities) -> Velocities:
@@ -316,6 +327,47 @@ def refine(
     for level in levels:
         velocities = optimise(fixed, moving, velocities, level, smoothness=smoothness, squarings=squarings)
     return velocities
+
+
+def refine_merged(
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    velocities: Velocities,
+    levels: Sequence[Level],
+    *,
+    smoothness: float,
+    blur: float = 0.8,
+    squarings: int = 6,
+) -> Velocities:
+    """:func:`refine` of one velocity, from the sum of these, or from nothing where that fits better after one level.
+
+    A network may answer farther from the truth than no answer at all is, and descent from there ends nearby. One more
+    coarse level is cheap, and its loss, which needs no truth, tells of each pair which start is the better one.
+    """
+    first, *others = levels
+    options = {"smoothness": smoothness, "squarings": squarings}
+    (start,) = merged(velocities)
+    tried = [
+        optimise(fixed, moving, (velocity,), first, blur=blur, **options)[0]
+        for velocity in (start, torch.zeros_like(start))
+    ]
+    with torch.no_grad():
+        seen = [_seen(maps, first, blur) for maps in (fixed, moving)]
+        losses = [
+            [
+                _level_loss(integrate((one,), squarings), *images, first, smoothness)
+                for one, *images in _each(velocity, *seen)
+            ]
+            for velocity in tried
+        ]
+        nearer = torch.tensor(losses).argmin(0)  # (N,)
+    chosen = torch.stack(tried)[nearer, torch.arange(len(start))]
+    return refine(fixed, moving, (chosen,), others, **options)
+
+
+def _each(*batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Each entry of some batches by itself, still (1, ...)."""
+    return zip(*(batch.split(1) for batch in batches), strict=True)
 
 
 def register_multilevel(
@@ -349,17 +401,16 @@ def register(
     Args:
         smoothness: of that optimisation, as :func:`optimise` takes it.
         repeats: as :meth:`TwoStepNetwork.velocities` takes it.
-        merge: whether to optimise one velocity, that of :func:`merged`, and not the network's innermost.
+        merge: whether to optimise one velocity, as :func:`refine_merged` does, and not the network's innermost.
 
     Returns the deformation on the images' grid, in its voxels.
     """
     network.eval()
     with torch.no_grad():
         velocities = network.velocities(fixed, moving, repeats)
-    if instance and merge:
-        velocities = merged(velocities)
-    velocities = refine(
-        fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
-    )
+    if instance:
+        velocities = (refine_merged if merge else refine)(
+            fixed, moving, velocities, instance, smoothness=smoothness, squarings=network.squarings
+        )
     with torch.no_grad():
         return integrate(velocities, network.squarings).resized(fixed.shape[2:])

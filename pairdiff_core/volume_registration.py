@@ -23,7 +23,14 @@ from pairdiff_core.checkpoints import CheckpointError
 from pairdiff_core.data import grid_affine
 from pairdiff_core.pairs import DataError, resize_labels
 from pairdiff_core.profiles import Level, Profile
-from pairdiff_core.registration import Deformation, integrate, merged, pool, refine, register_multilevel
+from pairdiff_core.registration import (
+    Deformation,
+    integrate,
+    pool,
+    refine,
+    refine_merged,
+    register_multilevel,
+)
 from pairdiff_core.runs import Run, Stage, open_run
 from pairdiff_core.training import best_device
 from pairdiff_core.volumes import VolumePair, crop_to, pad_to
@@ -243,10 +250,9 @@ def register_by_network(
     with torch.no_grad():
         velocities = network.velocities(fixed, moving, settings.repeats or 1)
     if instance:
-        velocities = merged(velocities) if settings.merge else velocities
         coarser = coarsening(seen.padded, trained.profile.spatial)
         fixed, moving = _maps(labels, seen.padded, num_labels, coarser)
-        velocities = refine(
+        velocities = (refine_merged if settings.merge else refine)(
             fixed, moving, velocities, instance, smoothness=settings.smoothness, squarings=network.squarings
         )
     with torch.no_grad():

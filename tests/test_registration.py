@@ -293,17 +293,36 @@ def test_several_velocities_become_one_that_moves_nearly_alike():
     assert (both - single).norm(dim=1).mean() < 0.1 * both.norm(dim=1).mean()
 
 
+LEVELS = [Level(2, 2, 40, 0.2), Level(2, 2, 20, 0.1, bending=0.1)]
+
+
 def test_a_merged_start_is_optimised_as_one_velocity():
     spatial = (32, 64)
     network, (fixed, moving) = small_network(spatial), (ball_maps(spatial, 0), ball_maps(spatial, 3))
-    levels = [Level(2, 2, 40, 0.2)]
-    found = registration.register(network, fixed, moving, levels, smoothness=0.05, repeats=2, merge=True)
+    found = registration.register(network, fixed, moving, LEVELS, smoothness=0.05, repeats=2, merge=True)
     with torch.no_grad():
-        start = registration.merged(network.velocities(fixed, moving, 2))
-    velocities = registration.refine(
-        fixed, moving, start, levels, smoothness=0.05, squarings=network.squarings
+        velocities = network.velocities(fixed, moving, 2)
+    one = registration.refine_merged(
+        fixed, moving, velocities, LEVELS, smoothness=0.05, squarings=network.squarings
     )
-    assert len(velocities) == 1
-    expected = registration.integrate(velocities, network.squarings).resized(spatial)
+    assert len(one) == 1
+    expected = registration.integrate(one, network.squarings).resized(spatial)
     torch.testing.assert_close(found.displacement, expected.displacement)
     assert float(metrics.inverse_consistency_error(*found)) < 0.1
+
+
+def test_of_each_pair_the_better_start_is_taken():
+    """The first pair is helped by its start, which is near the truth; the second is not, its start is far off."""
+    fixed = torch.cat([ball_maps((64, 40), 0)] * 2)
+    moving = torch.cat([ball_maps((64, 40), 20), ball_maps((64, 40), 1)])
+    start = torch.zeros(2, 2, 16, 10)  # in voxels of a grid four times as coarse
+    start[0, 0], start[1, 0] = 5.0, -6.0
+    options = {"smoothness": 0.01, "squarings": 6}
+    (found,) = registration.refine_merged(fixed, moving, (start,), LEVELS[:1], **options)
+    (from_start,), (from_nothing,) = (
+        registration.refine(fixed, moving, (each,), LEVELS[:1], **options)
+        for each in (start, torch.zeros_like(start))
+    )
+    torch.testing.assert_close(found[0], from_start[0])
+    torch.testing.assert_close(found[1], from_nothing[1])
+    assert not torch.allclose(from_start[0], from_nothing[0], atol=0.1)
