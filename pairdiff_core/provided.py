@@ -214,6 +214,8 @@ def write_card(folder: str | Path, measured: dict[str, Any]) -> None:
         "## Measured",
         "With these very files, on the pairs of people who were not trained on:",
         "\n".join("| " + " | ".join(cells) + " |" for cells in table),
+        "Instance optimisation alone, without any network, is the baseline of the book. Its results tell what a "
+        "network adds to it, which may be nothing.",
         f"The autoencoder restores these pairs with a Dice of {test['vqae_dice']:.3f}, and the denoiser needs "
         f"{test['bits_per_token']:.3f} bits for one of their tokens.",
         "On drawn pairs, which need no data (`pairdiff_core.provided.measure_on_phantoms`), the autoencoder has a Dice "

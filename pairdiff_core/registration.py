@@ -10,7 +10,7 @@ Images come in as *maps*: float (N, M, *spatial), one channel a structure, 0 to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from pairdiff_core.pairs import one_hot
 from pairdiff_core.profiles import Level
 
 LARGE = 2**16  # voxels of an image from which on it pays to look at a part of them alone
+BLUR = 0.8  # standard deviation of the Gaussian on the maps of a level, in its voxels
 FAINT = 0.05  # less of a structure than this is taken for none then
 MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
 
@@ -253,7 +254,7 @@ def optimise(
     level: Level,
     *,
     smoothness: float,
-    blur: float = 0.8,
+    blur: float = BLUR,
     squarings: int = 6,
 ) -> Velocities:
     """Improve velocities for these very images (N, M, *spatial) by gradient descent; no training, no labels of others.
@@ -336,38 +337,32 @@ def refine_merged(
     levels: Sequence[Level],
     *,
     smoothness: float,
-    blur: float = 0.8,
     squarings: int = 6,
 ) -> Velocities:
-    """:func:`refine` of one velocity, from the sum of these, or from nothing where that fits better after one level.
+    """:func:`refine` of one velocity, from the sum of these, or from nothing where its loss is lower after one level.
 
     A network may answer farther from the truth than no answer at all is, and descent from there ends nearby. One more
-    coarse level is cheap, and its loss, which needs no truth, tells of each pair which start is the better one.
+    coarse level is cheap, and its loss, smoothness and bending energy included, picks the start of each pair.
     """
     first, *others = levels
     options = {"smoothness": smoothness, "squarings": squarings}
     (start,) = merged(velocities)
     tried = [
-        optimise(fixed, moving, (velocity,), first, blur=blur, **options)[0]
+        optimise(fixed, moving, (velocity,), first, **options)[0]
         for velocity in (start, torch.zeros_like(start))
     ]
     with torch.no_grad():
-        seen = [_seen(maps, first, blur) for maps in (fixed, moving)]
+        seen = [_seen(maps, first, BLUR) for maps in (fixed, moving)]
         losses = [
             [
                 _level_loss(integrate((one,), squarings), *images, first, smoothness)
-                for one, *images in _each(velocity, *seen)
+                for one, *images in zip(*(batch.split(1) for batch in (velocity, *seen)), strict=True)
             ]
             for velocity in tried
         ]
         nearer = torch.tensor(losses).argmin(0)  # (N,)
     chosen = torch.stack(tried)[nearer, torch.arange(len(start))]
     return refine(fixed, moving, (chosen,), others, **options)
-
-
-def _each(*batches: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Each entry of some batches by itself, still (1, ...)."""
-    return zip(*(batch.split(1) for batch in batches), strict=True)
 
 
 def register_multilevel(
