@@ -238,6 +238,10 @@ def register(
         int | None,
         typer.Option(min=0, help="At each level of the optimisation; with --run, 0: network alone."),
     ] = None,
+    levels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the optimisation, the first so many: faster, and coarser."),
+    ] = None,
     form: Annotated[
         FormatName, typer.Option("--format", help="itk: mm, LPS; l2r: voxels, Learn2Reg.")
     ] = FormatName.itk,
@@ -262,12 +266,12 @@ def register(
         typer.echo(f"registering {size} voxels, {num_labels} labels ...", err=True)
     started = time.perf_counter()
     if trained is None:
-        profile = volume_registration.with_steps(get_profile("laptop", len(pair.spatial)), steps)
+        profile = volume_registration.with_levels(get_profile("laptop", len(pair.spatial)), levels, steps)
         found = volume_registration.register_without_training(labels, num_labels, profile)
     else:
-        chosen = volume_registration.with_steps(trained.profile, steps)
-        levels = () if steps == 0 else chosen.registration.instance
-        found = volume_registration.register_by_network(labels, pair.spacing, trained, levels)
+        chosen = volume_registration.with_levels(trained.profile, levels, steps)
+        instance = () if steps == 0 else chosen.registration.instance
+        found = volume_registration.register_by_network(labels, pair.spacing, trained, instance)
     seconds, displacement = time.perf_counter() - started, found.displacement[0]
     volumes.write_field(out, pair, displacement, form.value)
     if warped is not None:
@@ -311,6 +315,11 @@ def evaluate(
     network: Annotated[
         str, typer.Option(help="Which network of the run, as real or synthetic.")
     ] = "synthetic",
+    levels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the optimisation, the first so many: faster, and coarser."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="At each level of the optimisation.")] = None,
     profile: Annotated[
         ProfileName | None, typer.Option(help="Default: the run's, else PAIRDIFF_PROFILE, else laptop.")
     ] = None,
@@ -331,7 +340,7 @@ def evaluate(
     trained = None if chosen == "baseline" else volume_registration.load_trained(run, network)
     measured = Run(
         dataset.value,
-        _profile(dataset.value, profile, own),
+        volume_registration.with_levels(_profile(dataset.value, profile, own), levels, steps),
         seed if seed is not None else own.seed if own else 0,
         data=data,
     )

@@ -120,6 +120,10 @@ def describe(run: Run, method: str, trained: Trained | None) -> dict[str, Any]:
         run.profile.name, run.seed, best_device(), {"test pairs": fingerprint(run.test.labels)}
     )
     made_by |= {"dataset": run.dataset, "split": "test", "pairs": len(run.test), "method": method}
+    settings = run.profile.registration
+    if method != "network":
+        levels = settings.baseline if method == "baseline" else settings.instance
+        made_by["levels"] = [level._asdict() for level in levels]
     if method != "baseline":
         made_by |= {"run": str(trained.run.path), "network": trained.stage.fingerprint}
     return made_by

@@ -6,6 +6,7 @@ settings, data or earlier stages is refused, never mixed in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from math import prod
@@ -71,8 +72,12 @@ def new_registration(profile: Profile) -> TwoStepNetwork:
     )
 
 
-def train_vqae(run: Run) -> Stage:
-    """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook."""
+def train_vqae(run: Run, new_model: Callable[[Profile], nn.Module] = new_vqae) -> Stage:
+    """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook.
+
+    Args:
+        new_model: the untrained autoencoder, to train another one in the same way.
+    """
     numbers, pairs = run.profile.vqae, run.train
     criterion = vqae.VQAELoss(pairs.num_labels).to(training.best_device())
 
@@ -103,7 +108,7 @@ def train_vqae(run: Run) -> Stage:
         )
 
     config = {"numbers": asdict(numbers), "training pairs": fingerprint(pairs.labels)}
-    return load_or_train(run, "vqae", config, partial(new_vqae, run.profile), fit)
+    return load_or_train(run, "vqae", config, partial(new_model, run.profile), fit)
 
 
 def encode_training_pairs(run: Run, autoencoder: Stage) -> torch.Tensor:
@@ -178,6 +183,7 @@ def synthesise(
     """
     numbers, device = run.profile.synthesis, training.best_device()
     grid, model = autoencoder.model.token_grid(run.train.spatial), denoiser.model
+    predict = torch.compile(model) if "synthesis" in run.profile.compiled else model
     stage = "synthesis" if known is None else "synthesis-completed"
     if known is not None and numbers.keep is None:
         raise ValueError(f"the profile {run.profile.name!r} has no share to keep: set synthesis.keep, 0 to 1")
@@ -191,7 +197,7 @@ def synthesise(
             tokens = _draw_start(run, known, count, random).tokens
         with run.fabric("synthesis").autocast():
             *_, tokens = absorbing.reveal(
-                model, tokens, model.mask_token, random, numbers.steps, numbers.temperature
+                predict, tokens, model.mask_token, random, numbers.steps, numbers.temperature
             )
         return tokens.unflatten(1, grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
 

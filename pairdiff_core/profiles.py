@@ -116,7 +116,7 @@ class Profile:
     synthesis: SynthesisProfile
     registration: RegistrationProfile
     mixed_precision: tuple[str, ...] = ()  # stages in bfloat16 where it is safe, named as Run.fabric does
-    compiled: tuple[str, ...] = ()  # stages trained through torch.compile, named likewise
+    compiled: tuple[str, ...] = ()  # stages that go through torch.compile, named likewise
 
 
 _QUICK_2D = Profile(
@@ -245,7 +245,7 @@ _PAPER_2D = Profile(
 
 # The three-dimensional ones.
 # On volumes at full size; chapter 10 tells of the trials on training pairs behind the steps and the bending energy.
-_LUNG_LEVELS = (Level(8, 2, 60, 0.3, 0.5), Level(4, 2, 40, 0.2, 0.5), Level(2, 4, 20, 0.2, 0.5))
+_LUNG_LEVELS = (Level(8, 2, 20, 0.3, 0.5), Level(4, 2, 20, 0.2, 0.5), Level(2, 4, 20, 0.2, 0.5))
 _HALVED_LUNG_LEVELS = tuple(level._replace(scale=level.scale // 2) for level in _LUNG_LEVELS)
 
 _QUICK_3D = Profile(

@@ -196,16 +196,13 @@ def differences(pair: VolumePair, trained: Trained) -> list[str]:
 # ------------------------------------------------------------------------------------------- registration
 
 
-def with_steps(profile: Profile, steps: int | None) -> Profile:
-    """The profile with so many steps at each level of its optimisers; None leaves it as it is."""
-    if steps is None:
-        return profile
-    settings = profile.registration
-    levels = {
-        name: tuple(level._replace(steps=steps) for level in getattr(settings, name))
-        for name in ("baseline", "instance")
-    }
-    return replace(profile, registration=replace(settings, **levels))
+def with_levels(profile: Profile, levels: int | None = None, steps: int | None = None) -> Profile:
+    """The profile with the first so many levels of its optimisers, and so many steps at each; None changes nothing."""
+    settings, changed = profile.registration, {}
+    for name in ("baseline", "instance"):
+        kept = getattr(settings, name)[:levels]
+        changed[name] = kept if steps is None else tuple(level._replace(steps=steps) for level in kept)
+    return replace(profile, registration=replace(settings, **changed))
 
 
 def register_without_training(labels: torch.Tensor, num_labels: int, profile: Profile) -> Deformation:

@@ -34,6 +34,7 @@ def repeat(calm: Path, killed: Path, data: Path | None, kills: int, seed: int) -
         told = json.loads(log.read_text())
     else:
         whole, draw = measured["provenance"]["wall_seconds"], random.Random(seed)
+        whole *= 0.6  # this time the machine may be faster, and all moments have to come
         moments = sorted(draw.uniform(0, whole) for _ in range(kills))
         told = {"moments": moments, "kills": [], "worked_seconds": 0.0}
     checkpoints = dict(

@@ -78,7 +78,7 @@ def small(monkeypatch: pytest.MonkeyPatch, no_data_set: None) -> None:
     """The quick profiles are those of the small runs, so that commands take seconds."""
     profiles = {2: small_run("unused").profile, 3: small_run_3d("unused").profile}
     few = {dims: replace(profile, max_pairs=2) for dims, profile in profiles.items()}
-    few[3] = volume_registration.with_steps(few[3], 2)
+    few[3] = volume_registration.with_levels(few[3], steps=2)
     monkeypatch.setattr(cli, "get_profile", lambda name=None, dims=2: few[dims])
 
 
@@ -370,6 +370,7 @@ def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path):
         ["--out", "u.nii", "--format", "ants"],
         ["--out", "u.nii", "--steps", "-1"],
         ["--out", "u.nii", "--steps", "many"],
+        ["--out", "u.nii", "--levels", "0"],
         ["--out", "u.nii", "--warped", "u.nii"],
         ["--out", "u.nii", "--warped", "w.txt"],
         [],
@@ -486,6 +487,25 @@ def test_evaluate(small, tmp_path, run):
         np.mean([case["tre"] for case in told["cases"]]), rel=1e-4
     )
     assert not result.stderr, "no bar where there is no terminal"
+
+
+def test_the_first_levels_alone(small, files, tmp_path, monkeypatch):
+    """A file tells which levels it was measured with, and fewer of them give another field."""
+    profile, found = cli.get_profile(dims=3), {}
+    baseline = tuple(profile.registration.baseline[0]._replace(scale=scale) for scale in (4, 2, 1))
+    profile = replace(profile, registration=replace(profile.registration, baseline=baseline))
+    monkeypatch.setattr(cli, "get_profile", lambda name=None, dims=3: profile)
+    for levels in (1, 2, 3):
+        told = tmp_path / f"{levels}.json"
+        result = call("evaluate", "--dataset", "phantom3d", "--levels", levels, "--json", told)
+        assert result.exit_code == 0, result.stderr
+        made_by = json.loads(told.read_text())["provenance"]
+        assert [level["scale"] for level in made_by["levels"]] == [4, 2, 1][:levels]
+        out = tmp_path / f"{levels}.nii.gz"
+        result = call("register", *files, "--out", out, "--levels", levels, "--steps", 2, "--format", "l2r")
+        assert result.exit_code == 0, result.stderr
+        found[levels] = nib.load(out).get_fdata()
+    assert not np.allclose(found[1], found[2]) and not np.allclose(found[2], found[3])
 
 
 def test_evaluate_measures_the_pairs_of_the_folder(small, lung_folder, tmp_path):

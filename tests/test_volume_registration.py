@@ -173,7 +173,7 @@ def test_it_is_told_when_millimetres_or_axes_are_not_those_of_training(lungs):
 def test_any_size_has_a_finite_field(spatial):
     labels = torch.zeros(2, *spatial, dtype=torch.uint8)
     labels[0].view(-1)[0] = labels[1].view(-1)[-1] = 1
-    profile = volume_registration.with_steps(get_profile("laptop", len(spatial)), 2)
+    profile = volume_registration.with_levels(get_profile("laptop", len(spatial)), steps=2)
     found = register_without_training(labels, 2, profile)
     for field in found:
         assert field.shape == (1, len(spatial), *spatial) and field.isfinite().all()
@@ -182,7 +182,7 @@ def test_any_size_has_a_finite_field(spatial):
 
 def test_no_steps_is_no_displacement():
     labels = torch.randint(0, 2, (2, 20, 24), dtype=torch.uint8)
-    profile = volume_registration.with_steps(get_profile("laptop", 2), 0)
+    profile = volume_registration.with_levels(get_profile("laptop", 2), steps=0)
     assert not register_without_training(labels, 2, profile).displacement.any()
 
 
@@ -195,7 +195,7 @@ def test_a_large_volume_is_optimised_on_a_coarser_grid(monkeypatch):
         return original(fixed, moving, levels, **settings)
 
     monkeypatch.setattr(volume_registration, "register_multilevel", spy)
-    profile = volume_registration.with_steps(get_profile("quick", 2), 1)  # 80 x 96
+    profile = volume_registration.with_levels(get_profile("quick", 2), steps=1)  # 80 x 96
     labels = torch.randint(0, 3, (2, 250, 260), dtype=torch.uint8)
     assert register_without_training(labels, 3, profile).displacement.shape == (1, 2, 250, 260)
     assert seen == [(128, 136)]  # halved, padded to multiples of eight
