@@ -28,7 +28,7 @@ ifeq ($(PAIRDIFF_PROFILE),quick)
 book test-notebooks sync: export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: help setup book test test-core test-notebooks sync results lab format clean
+.PHONY: help setup book test test-core test-notebooks sync results bench lab format clean
 
 help: ## list these commands
 	@echo 'PairDiff: the commands'
@@ -73,6 +73,9 @@ sync: $(INSTALLED) ## make the notebooks (.ipynb) of the chapters' text (.md), a
 results: $(INSTALLED) ## measure the results shown in the book again (hours; goes on where it stopped; see CONTRIBUTING.md)
 	$(PYTHON) -m pairdiff_core run evaluate --dataset $(DATASET) --profile laptop --run runs/$(DATASET)-laptop-seed0
 	cp runs/$(DATASET)-laptop-seed0/metrics.json $(RESULTS)
+
+bench: $(INSTALLED) ## time the published procedure and this one side by side (up to twenty minutes on two cores)
+	$(PYTHON) -m benchmarks
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --notebook-dir=. notebooks

@@ -146,13 +146,14 @@ def imported_names(folder: str) -> dict[str, str]:
     ("folder", "dependencies"),
     [
         ("pairdiff_core", PROJECT["dependencies"]),
+        ("benchmarks", PROJECT["dependencies"]),
         ("tests", [*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["dev"]]),
     ],
 )
 def test_imports_are_declared(folder: str, dependencies: list[str]) -> None:
     declared = {canonicalize_name(Requirement(text).name) for text in dependencies}
     modules = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in declared}
-    local = {"pairdiff_core", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    local = {"pairdiff_core", "benchmarks", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     undeclared = {
         name: where
         for name, where in imported_names(folder).items()
@@ -162,7 +163,7 @@ def test_imports_are_declared(folder: str, dependencies: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["help", "setup", "book", "test", "lab", "sync", "format", "clean", "results"]
+    "target", ["help", "setup", "book", "test", "lab", "sync", "format", "clean", "results", "bench"]
 )
 def test_make_knows_its_commands(target: str) -> None:
     """`make help` lists each command that the documentation names."""

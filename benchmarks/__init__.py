@@ -1,0 +1,1 @@
+"""The published procedure beside ours. ``make bench`` prints the table."""

@@ -1,0 +1,55 @@
+"""``python -m benchmarks``: the published procedure and ours, side by side, as a table of ratios and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.rows import MEASURED, PARTS, RESULTS, SMALL, Sizes
+from pairdiff_core.checkpoints import provenance
+from pairdiff_core.results import write_results
+from pairdiff_core.training import best_device
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def main() -> None:
+    known = ", ".join((*PARTS, *MEASURED))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {known}; default: all")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny sizes, to see that it works; figures mean nothing"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "bench.json", help="file to write")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.parts) - {*PARTS, *MEASURED}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {known}")
+    started, rows = time.perf_counter(), []
+    print(
+        f"{'what':60} {'unit':16} {'ours':>8} {'published':>10} {'ratio':>7} {'target':>12}  reached",
+        flush=True,
+    )
+    sizes = SMALL if chosen.small else Sizes()
+    for name in chosen.parts or (*PARTS, *MEASURED):
+        for row in PARTS[name](sizes) if name in PARTS else MEASURED[name]():
+            rows.append(row)
+            side = ("at least" if row.more_is_better else "at most") if row.absolute else "ratio"
+            print(
+                f"{row.name:60} {row.unit:16} {number(row.ours):>8} {number(row.published):>10} {number(row.ratio):>7} "
+                f"{side + ' ' + number(row.target):>12}  {'yes' if row.reached else 'NO'}",
+                flush=True,
+            )
+    made_by = provenance("published sizes", 0, best_device()) | {
+        "wall_seconds": time.perf_counter() - started
+    }
+    write_results(chosen.json, {"rows": [row.described() for row in rows], "provenance": made_by})
+    print(
+        f"{chosen.json}: {sum(row.reached for row in rows)} of {len(rows)} reached, {made_by['wall_seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Do fewer passes make worse pairs? The published sampler and ours with the same networks, judged alike.
+
+    python -m benchmarks.quality runs/lungs --data DIR --json book/results/sampling.json
+
+``runs/lungs`` is a finished run. The published sampler takes 256 passes a pair, in hours on a CPU. It is kept in the
+folder and goes on where it stopped, and so does the training of the second denoiser, which judges both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import published
+from pairdiff_core import absorbing, metrics, pipeline, vqae
+from pairdiff_core.checkpoints import provenance
+from pairdiff_core.randomness import seed_of
+from pairdiff_core.results import write_results
+from pairdiff_core.runs import Run, load_or_make, open_run
+from pairdiff_core.training import best_device
+
+PASSES, NUMBER = 256, 16  # of the published sampler; pairs of each
+
+
+def published_tokens(run: Run, denoiser: torch.nn.Module, grid: tuple[int, ...], number: int) -> torch.Tensor:
+    """Tokens (number, *grid) by the published sampler, one pair after the other."""
+    temperature = run.profile.synthesis.temperature
+
+    def make(pair: int) -> torch.Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(run.seed, "published", pair))
+            tokens = published.sample(
+                denoiser, denoiser.length, denoiser.mask_token, PASSES, temperature, best_device()
+            )
+        return tokens.unflatten(1, grid).to(torch.int16)  # (1, L) -> (1, *grid)
+
+    return load_or_make(run, "published", {"passes": PASSES, "temperature": temperature}, make, number)
+
+
+def judge(run: Run, second: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Tokens and the images that they stand for, beside the real training pairs."""
+    device = best_device()
+    bits = absorbing.bits_per_token(
+        second, tokens.flatten(1).long().to(device), second.mask_token, run.generator("second", device)
+    )
+    real = run.train.labels
+    cells = [max(2, size // 16) for size in run.train.spatial]
+    features = [
+        metrics.pair_features(each.flatten(0, 1)[:, None], run.train.num_labels, cells)
+        for each in (real, labels)
+    ]
+    area = metrics.compare_areas(real, labels, run.train.label_names)[0]
+    pieces = metrics.compare_components(real, labels)["synthetic"]
+    return {
+        "bits per token under a second model": float(bits.mean()),
+        "standard error of these": float(bits.std() / len(bits) ** 0.5),
+        **metrics.precision_recall_density_coverage(*features)._asdict(),
+        "vessel, % of the voxels": 100 * area["synthetic_mean"],
+        "pieces of vessel an image": pieces["number"],
+        "share of the largest piece": pieces["largest"],
+    }
+
+
+def measure(run: Run, number: int = NUMBER) -> dict[str, Any]:
+    """Both samplers' figures, and how they were made."""
+    made = pipeline.make(run, "synthesise")
+    autoencoder, denoiser = made.autoencoder.model, made.denoiser.model
+    other = replace(run, seed=run.seed + 1, folder=run.path / "second")
+    second = pipeline.train_denoiser(other, made.tokens).model
+    grid = autoencoder.token_grid(run.train.spatial)
+    ours = pipeline.synthesise(run, made.autoencoder, made.denoiser)[:number]
+    sets = {"ours": ours, "published": published_tokens(run, denoiser, grid, number)}
+    figures = {
+        name: judge(run, second, tokens, vqae.decode_labels(autoencoder, tokens))
+        for name, tokens in sets.items()
+    }
+    passes = {"ours": run.profile.synthesis.steps, "published": PASSES}
+    made_by = provenance(run.profile.name, run.seed, best_device()) | {
+        "dataset": run.dataset,
+        "pairs": number,
+    }
+    return {"passes": passes, **figures, "provenance": made_by}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="finished run folder")
+    parser.add_argument("--data", type=Path, help="folder of the real data")
+    parser.add_argument("--json", type=Path, required=True, help="file to write")
+    chosen = parser.parse_args()
+    measured = measure(open_run(chosen.run, chosen.data))
+    write_results(chosen.json, measured)
+    for name, value in measured["ours"].items():
+        print(f"{name:40} {value:8.4g} {measured['published'][name]:8.4g}")
+
+
+if __name__ == "__main__":
+    main()
