@@ -23,7 +23,7 @@ from pairdiff_core.results import write_results
 from pairdiff_core.runs import Run, load_or_make, open_run
 from pairdiff_core.training import best_device
 
-PASSES, NUMBER = 256, 16  # of the published sampler; pairs of each
+PASSES, NUMBER = 256, 64  # of the published sampler; pairs of each
 
 
 def published_tokens(run: Run, denoiser: torch.nn.Module, grid: tuple[int, ...], number: int) -> torch.Tensor:
@@ -53,16 +53,22 @@ def judge(run: Run, second: torch.nn.Module, tokens: torch.Tensor, labels: torch
         metrics.pair_features(each.flatten(0, 1)[:, None], run.train.num_labels, cells)
         for each in (real, labels)
     ]
-    area = metrics.compare_areas(real, labels, run.train.label_names)[0]
-    pieces = metrics.compare_components(real, labels)["synthetic"]
-    return {
-        "bits per token under a second model": float(bits.mean()),
-        "standard error of these": float(bits.std() / len(bits) ** 0.5),
-        **metrics.precision_recall_density_coverage(*features)._asdict(),
-        "vessel, % of the voxels": 100 * area["synthetic_mean"],
-        "pieces of vessel an image": pieces["number"],
-        "share of the largest piece": pieces["largest"],
+    pieces = [metrics.compare_components(real[:1], pair[None])["synthetic"] for pair in labels]
+    vessels = {
+        "vessel, % of the voxels": 100 * (labels > 0).float().flatten(1).mean(1),
+        "pieces of vessel an image": torch.tensor([each["number"] for each in pieces]),
+        "share of the largest piece": torch.tensor([each["largest"] for each in pieces]),
     }
+    return {
+        **mean_and_error("bits per token under a second model", bits),
+        **metrics.precision_recall_density_coverage(*features)._asdict(),
+        **{key: value for name, each in vessels.items() for key, value in mean_and_error(name, each).items()},
+    }
+
+
+def mean_and_error(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Over the pairs (N,), with the standard error of the mean."""
+    return {name: float(values.mean()), f"{name}: standard error": float(values.std() / len(values) ** 0.5)}
 
 
 def measure(run: Run, number: int = NUMBER) -> dict[str, Any]:

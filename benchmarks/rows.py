@@ -295,7 +295,9 @@ def sampling_quality() -> Iterator[Row]:
     yield Row(f"sampling: {name}", "", ours[name], theirs[name], 0.98)
     for name in ("vessel, % of the voxels", "pieces of vessel an image", "share of the largest piece"):
         off = 100 * abs(ours[name] - theirs[name]) / theirs[name]
-        yield Row(f"sampling: {name}: difference", "%", off, None, 2.0, absolute=True)
+        error = 100 * math.hypot(*(side[f"{name}: standard error"] for side in (ours, theirs))) / theirs[name]
+        title = f"sampling: {name}: difference (standard error {error:.1f})"
+        yield Row(title, "%", off, None, 2.0, absolute=True)
 
 
 def codebook() -> Iterator[Row]:
