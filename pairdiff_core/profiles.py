@@ -160,6 +160,8 @@ _QUICK_2D = Profile(
     ),
 )
 
+_BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
+
 _LAPTOP_2D = Profile(
     name="laptop",
     spatial=(160, 192),
@@ -197,8 +199,8 @@ _LAPTOP_2D = Profile(
         steps=800,
         batch=4,
         learning_rate=2e-3,
-        instance=(Level(scale=2, control=1, steps=30, learning_rate=0.1),),
-        baseline=tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2)),
+        instance=_BRAIN_LEVELS,  # on training pairs a Dice of 0.836; 0.831 with the last alone, 0.833 without a network
+        baseline=_BRAIN_LEVELS,
     ),
 )
 
