@@ -40,7 +40,7 @@ def test_the_published_registration_moves_towards_the_fixed_image():
     fixed[..., 20:40, 10:20, 10:20], moving[..., 24:44, 10:20, 10:20] = 1, 1
     network = published.Registration()
     before = float(published.registration_loss(network, fixed, moving).detach())
-    published.optimise_instance(network, fixed, moving, steps=8)
+    published.optimise_instance(network, fixed, moving, steps=4)
     assert float(published.registration_loss(network, fixed, moving).detach()) < before
 
 
@@ -83,8 +83,7 @@ def allocate(mebibytes):
 
 
 def test_peak_memory_is_that_of_the_work():
-    found = [measure.peak_gib(allocate, mebibytes) for mebibytes in (256, 512)]
-    assert found == pytest.approx([0.25, 0.5], abs=0.05)
+    assert measure.peak_gib(allocate, 512) == pytest.approx(0.5, abs=0.05)
 
 
 def test_work_that_fails_is_not_waited_for():
@@ -93,6 +92,7 @@ def test_work_that_fails_is_not_waited_for():
 
 
 def test_the_command_prints_and_writes_its_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "peak_gib", lambda *_: 0.5)  # in another process: seen above
     monkeypatch.setattr(
         sys,
         "argv",
