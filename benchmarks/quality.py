@@ -1,9 +1,9 @@
-"""Do fewer passes make worse pairs? The published sampler and ours with the same networks, judged alike.
+"""Do fewer passes make worse pairs? The published number of them and ours with the same networks, judged alike.
 
     python -m benchmarks.quality runs/lungs --data DIR --json book/results/sampling.json
 
-``runs/lungs`` is a finished run. The published sampler takes 256 passes a pair, in hours on a CPU. It is kept in the
-folder and goes on where it stopped, and so does the training of the second denoiser, which judges both.
+``runs/lungs`` is a finished run. On a CPU, 256 passes a pair take an hour, and the training of the second denoiser,
+which judges both, takes longer. Both are kept in the folder and go on where they stopped.
 """
 
 from __future__ import annotations
@@ -15,30 +15,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import published
 from pairdiff_core import absorbing, metrics, pipeline, vqae
 from pairdiff_core.checkpoints import provenance
-from pairdiff_core.randomness import seed_of
 from pairdiff_core.results import write_results
-from pairdiff_core.runs import Run, load_or_make, open_run
+from pairdiff_core.runs import Run, open_run
 from pairdiff_core.training import best_device
 
-PASSES, NUMBER = 256, 64  # of the published sampler; pairs of each
-
-
-def published_tokens(run: Run, denoiser: torch.nn.Module, grid: tuple[int, ...], number: int) -> torch.Tensor:
-    """Tokens (number, *grid) by the published sampler, one pair after the other."""
-    temperature = run.profile.synthesis.temperature
-
-    def make(pair: int) -> torch.Tensor:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_of(run.seed, "published", pair))
-            tokens = published.sample(
-                denoiser, denoiser.length, denoiser.mask_token, PASSES, temperature, best_device()
-            )
-        return tokens.unflatten(1, grid).to(torch.int16)  # (1, L) -> (1, *grid)
-
-    return load_or_make(run, "published", {"passes": PASSES, "temperature": temperature}, make, number)
+PASSES, NUMBER = 256, 64  # as published; pairs of each
 
 
 def judge(run: Run, second: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -74,14 +57,16 @@ def mean_and_error(name: str, values: torch.Tensor) -> dict[str, float]:
 def measure(run: Run, number: int = NUMBER) -> dict[str, Any]:
     """Both samplers' figures, and how they were made."""
     made = pipeline.make(run, "synthesise")
-    autoencoder, denoiser = made.autoencoder.model, made.denoiser.model
     other = replace(run, seed=run.seed + 1, folder=run.path / "second")
     second = pipeline.train_denoiser(other, made.tokens).model
-    grid = autoencoder.token_grid(run.train.spatial)
-    ours = pipeline.synthesise(run, made.autoencoder, made.denoiser)[:number]
-    sets = {"ours": ours, "published": published_tokens(run, denoiser, grid, number)}
+    numbers = replace(run.profile.synthesis, steps=PASSES, pairs=number)
+    longer = replace(run, profile=replace(run.profile, synthesis=numbers), folder=run.path / "published")
+    sets = {
+        name: pipeline.synthesise(each, made.autoencoder, made.denoiser)[:number]
+        for name, each in {"ours": run, "published": longer}.items()
+    }
     figures = {
-        name: judge(run, second, tokens, vqae.decode_labels(autoencoder, tokens))
+        name: judge(run, second, tokens, vqae.decode_labels(made.autoencoder.model, tokens))
         for name, tokens in sets.items()
     }
     passes = {"ours": run.profile.synthesis.steps, "published": PASSES}
