@@ -33,8 +33,8 @@ def repeat(calm: Path, killed: Path, data: Path | None, kills: int, seed: int) -
     if log.exists():
         told = json.loads(log.read_text())
     else:
-        whole, draw = measured["provenance"]["wall_seconds"], random.Random(seed)
-        whole *= 0.6  # this time the machine may be faster, and all moments have to come
+        # This time the machine may be faster, and all moments have to come.
+        whole, draw = 0.6 * measured["provenance"]["wall_seconds"], random.Random(seed)
         moments = sorted(draw.uniform(0, whole) for _ in range(kills))
         told = {"moments": moments, "kills": [], "worked_seconds": 0.0}
     checkpoints = dict(

@@ -109,6 +109,15 @@ def test_the_command_prints_and_writes_its_rows(tmp_path, monkeypatch, capsys):
     assert "of 6 reached" in capsys.readouterr().out
 
 
+def test_what_was_not_measured_yet_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--json", str(tmp_path / "b.json"), *rows.MEASURED])
+    command.main()
+    told = capsys.readouterr().out
+    assert all(f"{name}: left out" in told for name in rows.MEASURED) and "sampling.json" in told
+    assert json.loads((tmp_path / "b.json").read_text())["rows"] == []
+
+
 def test_the_same_loss_is_seen_in_both_precisions():
     time_row, loss_row = rows.autoencoder(rows.SMALL)
     assert time_row.ours > 0 and 0 < loss_row.ours < 5
