@@ -59,7 +59,7 @@ def measure(run: Run, number: int = NUMBER) -> dict[str, Any]:
     made = pipeline.make(run, "synthesise")
     other = replace(run, seed=run.seed + 1, folder=run.path / "second")
     second = pipeline.train_denoiser(other, made.tokens).model
-    numbers = replace(run.profile.synthesis, steps=PASSES, pairs=number)
+    numbers = replace(run.profile.synthesis, steps=PASSES, schedule=None, pairs=number)
     longer = replace(run, profile=replace(run.profile, synthesis=numbers), folder=run.path / "published")
     sets = {
         name: pipeline.synthesise(each, made.autoencoder, made.denoiser)[:number]

@@ -176,6 +176,12 @@ def draw_tokens(logits: torch.Tensor, temperature: float, generator: torch.Gener
     return drawn.reshape(logits.shape[:-1])
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "even": lambda left: left,
+    "cosine": lambda left: math.sin(math.pi / 2 * left),
+}  # which share of the tokens is masked, t, when a share of the steps is left
+
+
 @torch.no_grad()
 def reveal(
     predict: Predict,
@@ -184,6 +190,7 @@ def reveal(
     generator: torch.Generator,
     steps: int = 256,
     temperature: float = 1.0,
+    schedule: str = "even",
 ) -> Iterator[torch.Tensor]:
     """The published sampler, one step at a time: yields the tokens (N, L) after each of ``steps`` steps.
 
@@ -192,11 +199,19 @@ def reveal(
 
     Args:
         tokens: int64 (N, L) to start from: all MASK for new samples, or partly known, which is then completed.
+        schedule: "even" as published, or "cosine" (Chang et al., "MaskGIT", CVPR 2022), which reveals few tokens while
+            little is known and each of them decides much, and more of them later.
+
+    Raises:
+        ValueError: for another schedule, and for a temperature that is not above 0.
     """
-    tokens = tokens.clone()
+    if schedule not in SCHEDULES:
+        raise ValueError(f"the schedules are {', '.join(SCHEDULES)}, not {schedule!r}")
+    tokens, masked = tokens.clone(), SCHEDULES[schedule]
     for left in range(steps, 0, -1):
         chance = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        now = (tokens == mask_token) & (chance < 1 / left)
+        share = 1 - masked((left - 1) / steps) / masked(left / steps)  # 1 / left, if it is even
+        now = (tokens == mask_token) & (chance < share)
         if now.any():  # a pass that reveals nothing would change nothing
             tokens[now] = draw_tokens(predict(tokens)[now], temperature, generator)
         yield tokens.clone()
@@ -210,8 +225,9 @@ def sample(
     generator: torch.Generator,
     steps: int = 256,
     temperature: float = 1.0,
+    schedule: str = "even",
 ) -> torch.Tensor:
     """``number`` new token sequences int64 (number, L), revealed from all MASK by :func:`reveal`."""
     masked = torch.full((number, length), mask_token, device=generator.device)
-    *_, tokens = reveal(predict, masked, mask_token, generator, steps, temperature)
+    *_, tokens = reveal(predict, masked, mask_token, generator, steps, temperature, schedule)
     return tokens

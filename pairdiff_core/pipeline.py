@@ -197,7 +197,13 @@ def synthesise(
             tokens = _draw_start(run, known, count, random).tokens
         with run.fabric("synthesis").autocast():
             *_, tokens = absorbing.reveal(
-                predict, tokens, model.mask_token, random, numbers.steps, numbers.temperature
+                predict,
+                tokens,
+                model.mask_token,
+                random,
+                numbers.steps,
+                numbers.temperature,
+                numbers.schedule or "even",
             )
         return tokens.unflatten(1, grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
 

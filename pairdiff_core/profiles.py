@@ -69,6 +69,7 @@ class SynthesisProfile:
     steps: int  # network passes (published: 256)
     temperature: float  # published: 0.9
     keep: float | None = None  # share of a real pair's places in a completed one (published: makes none)
+    schedule: str | None = None  # of the passes, even or cosine (published: even)
 
 
 class Level(NamedTuple):
@@ -324,7 +325,9 @@ _LAPTOP_3D = Profile(
         average=0.99,
         convolutions=4,
     ),
-    synthesis=SynthesisProfile(pairs=128, steps=32, temperature=0.9, keep=0.6),
+    # Bits per token of new pairs under the denoiser itself: 3.20 by 256 even passes, 3.39 by 32 of those;
+    # 3.27 by 32 and 3.19 by 48 on a cosine schedule.
+    synthesis=SynthesisProfile(pairs=128, steps=48, temperature=0.9, keep=0.6, schedule="cosine"),
     registration=RegistrationProfile(
         channels=(8, 16, 32, 64, 64, 16),
         scale=2,

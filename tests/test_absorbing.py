@@ -119,6 +119,42 @@ def test_a_token_once_revealed_never_changes(exact):
     assert torch.all(start[:, [0, 2, 3]] == MASK), "the start is left as it was"
 
 
+@pytest.mark.parametrize(
+    ("schedule", "t"), [("even", lambda k: 1 - k / 8), ("cosine", lambda k: math.cos(k * math.pi / 16))]
+)
+def test_after_each_step_as_many_are_masked_as_the_schedule_says(schedule, t):
+    empty = torch.full((2_000, 50), MASK)
+    steps = absorbing.reveal(
+        lambda x: torch.zeros(*x.shape, CODES), empty, MASK, seeded(), steps=8, schedule=schedule
+    )
+    left = [float((tokens == MASK).double().mean()) for tokens in steps]
+    assert left == pytest.approx([t(k) for k in range(1, 9)], abs=0.01)
+    assert left[-1] == 0
+
+
+def test_an_even_schedule_reveals_with_one_over_the_steps_left(exact):
+    start, random, plain = torch.full((64, LENGTH), MASK), seeded(), []
+    for left in range(6, 0, -1):
+        now = (start == MASK) & (torch.rand(start.shape, generator=random) < 1 / left)
+        start = start.clone()
+        start[now] = absorbing.draw_tokens(exact(start)[now], 1.0, random)
+        plain.append(start)
+    empty = torch.full((64, LENGTH), MASK)
+    assert all(map(torch.equal, plain, absorbing.reveal(exact, empty, MASK, seeded(), steps=6)))
+
+
+def test_a_slow_start_samples_the_joint_as_well(joint, exact):
+    number = 4_000
+    samples = absorbing.sample(exact, number, LENGTH, MASK, seeded(), steps=256, schedule="cosine")
+    noise = 0.5 * math.sqrt(2 / math.pi) * (joint * (1 - joint) / number).sqrt().sum()
+    assert total_variation(samples, joint) < noise + 0.02
+
+
+def test_an_unknown_schedule_is_named(exact):
+    with pytest.raises(ValueError, match="even, cosine, not 'sine'"):
+        absorbing.sample(exact, 1, LENGTH, MASK, seeded(), schedule="sine")
+
+
 def test_temperature_sharpens_as_the_formula_says():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(100_000, 3)
     for temperature in (0.5, 1.0, 2.0):
