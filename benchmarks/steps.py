@@ -132,7 +132,7 @@ def denoiser_with(sizes: Sizes, how: str) -> Callable[[], torch.Tensor]:
     model = rows.published_denoiser(sizes)
     length = math.prod(sizes.tokens)
     tokens = torch.full((1, length), published.CODES, device=best_device())
-    some = torch.arange(0, length, 32, device=best_device())  # as many as one of 32 passes reveals
+    some = torch.arange(0, length, 48, device=best_device())  # as many as one of 48 passes reveals
     compiled = torch.compile(model) if how == "compiled" else model
 
     def predict() -> torch.Tensor:
