@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ def fit(
         One dict every ``log_every`` steps: "step" and the mean of each named scalar, over all processes.
 
     Raises:
-        FloatingPointError: if the loss is not finite; the weights of the last good step stay in the module.
+        FloatingPointError: if the loss or its gradient is not finite; the weights of the last good step stay in the
+            module.
+        ValueError: if bfloat16 is asked for where PyTorch computes wrong gradients in it.
         Paused: if the bookmark's ``should_pause`` gave a reason; the state is kept.
     """
     fabric = fabric or Fabric(accelerator=best_device().type, devices=1)
@@ -88,7 +91,7 @@ def fit(
         range(begun, steps), desc=description, initial=begun, total=steps, leave=False, mininterval=1.0,
         disable=True if processes.rank() else None,  # None: shown in a terminal or a notebook only
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _right_gradients(module):
         for step in progress:
             torch.manual_seed(seed_of(seed, "step", step))
             for group in optimiser.param_groups:
@@ -100,7 +103,11 @@ def fit(
                 )
             optimiser.zero_grad()
             fabric.backward(terms["loss"])
-            fabric.clip_gradients(wrapped, optimiser, max_norm=1.0)
+            norm = fabric.clip_gradients(wrapped, optimiser, max_norm=1.0, error_if_nonfinite=False)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"{description}: the gradient is {float(norm)} at step {step + 1}; lower the learning rate"
+                )
             optimiser.step()
             if averaged is not None:
                 averaged.update_parameters(module)
@@ -112,6 +119,30 @@ def fit(
         module.load_state_dict(averaged.module.state_dict())
     module.eval()
     return state.history
+
+
+@contextmanager
+def _right_gradients(module: nn.Module) -> Iterator[None]:
+    """Refuse what PyTorch 2.13 gets wrong on CPUs: in bfloat16, a 3D convolution of an input that is two voxels deep.
+
+    The gradient of its weights then holds whatever was in memory. The forward pass is right, and so are other sizes.
+    """
+
+    def refuse(convolution: nn.Conv3d, inputs: tuple[torch.Tensor, ...]) -> None:
+        given, low = inputs[0], torch.is_autocast_enabled("cpu") or inputs[0].dtype == torch.bfloat16
+        if low and given.device.type == "cpu" and given.shape[2] == 2 and convolution.stride[0] == 1:
+            raise ValueError(
+                f"a 3D convolution gets {tuple(given.shape[2:])} voxels in bfloat16, for which PyTorch computes wrong "
+                "gradients on a CPU: take this stage out of the profile's mixed_precision, or use larger images"
+            )
+
+    convolutions = (part for part in module.modules() if isinstance(part, nn.Conv3d))
+    hooks = [part.register_forward_pre_hook(refuse) for part in convolutions if part.kernel_size[0] > 1]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _State:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from pairdiff_core import training
@@ -128,6 +129,43 @@ def test_a_loss_that_is_not_finite_stops_the_run():
             learning_rate=0.1,
         )
     assert torch.equal(model.weight, before)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    model = nn.Linear(1, 1, bias=False)
+    before = model.weight.clone()
+    with pytest.raises(FloatingPointError, match="the gradient is .* at step 1; lower the learning rate"):
+        training.fit(
+            model,
+            lambda step: torch.zeros(1, 1),
+            lambda module, x: {"loss": module(x).sum().sqrt()},
+            steps=3,
+            learning_rate=0.1,
+        )
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(("precision", "depth"), [("bf16-mixed", 2), ("bf16-mixed", 3), ("32-true", 2)])
+def test_gradients_that_would_be_wrong_are_refused(precision, depth):
+    """Two voxels deep, in bfloat16, on a CPU: PyTorch 2.13 then reads memory that nobody wrote."""
+    model = nn.Conv3d(4, 4, 3, padding=1)
+
+    def train():
+        return training.fit(
+            model,
+            lambda step: torch.ones(1, 4, depth, 3, 3),
+            lambda module, x: {"loss": module(x).square().mean()},
+            steps=1,
+            learning_rate=0.1,
+            fabric=Fabric(accelerator="cpu", devices=1, precision=precision),
+        )
+
+    if (precision, depth) == ("bf16-mixed", 2):
+        with pytest.raises(ValueError, match="take this stage out of the profile's mixed_precision"):
+            train()
+    else:
+        assert len(train()) == 1
+    assert not model._forward_pre_hooks
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
