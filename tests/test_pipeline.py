@@ -148,6 +148,14 @@ def test_completed_pairs_keep_what_was_known(tmp_path):
         pipeline.synthesise(small_run(tmp_path), autoencoder, denoiser, known)
 
 
+@pytest.mark.parametrize("small", [small_run, small_run_3d])
+def test_an_autoencoder_in_bfloat16_learns_as_one_in_32_bit(tmp_path, small):
+    run = small(tmp_path / "plain")
+    low = replace(run, folder=tmp_path / "low", profile=replace(run.profile, mixed_precision=("vqae",)))
+    losses, also = ([entry["loss"] for entry in pipeline.train_vqae(each).history] for each in (run, low))
+    assert also == pytest.approx(losses, rel=2e-2) and also != losses
+
+
 @pytest.mark.parametrize("change", ["mixed_precision", "compiled"])
 def test_the_fast_denoiser_agrees_with_the_plain_one(tmp_path, change):
     """bfloat16 has three digits; a compiled network adds up in another order."""
