@@ -12,6 +12,7 @@ BUILD := book/_build
 SITE := $(BUILD)/html/index.html
 CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.md))
 NOTEBOOKS := $(CHAPTERS:.md=.ipynb)
+TESTS ?= tests
 # What `make results` measures, oasis2d or lung250m, and the file whose numbers the chapters show.
 DATASET ?= oasis2d
 RESULTS ?= book/results/$(if $(filter lung250m,$(DATASET)),lung250m,brain2d).json
@@ -56,7 +57,7 @@ book: $(INSTALLED) ## run the chapters and build the static site
 test: test-core test-notebooks ## test the core, then run every cell of the notebooks
 
 test-core: $(INSTALLED) ## test the core only
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --durations=10 tests # its tensors are too small for two threads
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --durations=10 $(TESTS) # its tensors are too small for two threads
 
 # One process, in chapter order, one new run folder: a chapter finds the models of the one before it, never older ones,
 # unless RUNS names a folder that has them.

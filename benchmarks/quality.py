@@ -18,7 +18,7 @@ import torch
 from pairdiff_core import absorbing, metrics, pipeline, vqae
 from pairdiff_core.checkpoints import provenance
 from pairdiff_core.results import write_results
-from pairdiff_core.runs import Run, open_run
+from pairdiff_core.runs import Run, fingerprint, open_run
 from pairdiff_core.training import best_device
 
 PASSES, NUMBER = 256, 64  # as published; pairs of each
@@ -70,7 +70,10 @@ def measure(run: Run, number: int = NUMBER) -> dict[str, Any]:
         for name, tokens in sets.items()
     }
     passes = {"ours": run.profile.synthesis.steps, "published": PASSES}
-    made_by = provenance(run.profile.name, run.seed, best_device()) | {
+    data = {"train pairs": fingerprint(run.train.labels)} | {
+        name: fingerprint(tokens) for name, tokens in sets.items()
+    }
+    made_by = provenance(run.profile.name, run.seed, best_device(), data) | {
         "dataset": run.dataset,
         "pairs": number,
     }
