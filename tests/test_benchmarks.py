@@ -102,7 +102,7 @@ def test_the_command_prints_and_writes_its_rows(tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"].split(":")[0] for row in written["rows"]] == ["decode of a full pair"] * 2 + [
         "one denoiser pass"
-    ] * 3 + ["sampling a pair, 32 passes instead of 256"]
+    ] * 3 + ["sampling a pair, 48 passes instead of 256"]
     assert written["provenance"]["wall_seconds"] > 0
     alike, off = written["rows"][1], written["rows"][3]
     assert alike["ours"] == 100 and 0 < off["ours"] < 1
