@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality runs/lungs --data DIR --json book/results/sampling.json
 
-``runs/lungs`` is a finished run. On a CPU, 256 passes a pair take an hour, and the training of the second denoiser,
-which judges both, takes longer. Both are kept in the folder and go on where they stopped.
+``runs/lungs`` is a finished run. On a CPU, 256 passes for each pair take most of an hour, and the training of the
+second denoiser, which judges both, takes longer. Both are kept in the folder and go on where they stopped.
 """
 
 from __future__ import annotations
