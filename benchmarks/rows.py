@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -41,10 +40,9 @@ class Sizes(NamedTuple):
     layers: int = 12  # of the denoiser
     width: int = 512
     repeats: int = 3
-    compiled: bool = shutil.which("c++") is not None
 
 
-SMALL = Sizes(32, (3, 2, 3), (128, 64, 64), "quick", layers=1, width=32, repeats=1, compiled=False)
+SMALL = Sizes(32, (3, 2, 3), (128, 64, 64), "quick", layers=1, width=32, repeats=1)
 
 
 def on_device(module: nn.Module) -> nn.Module:
@@ -146,11 +144,10 @@ def published_denoiser(sizes: Sizes) -> published.Denoiser:
 
 
 def our_denoiser(sizes: Sizes) -> nn.Module:
-    """With the same weights; compiled, where there is a compiler."""
+    """With the same weights."""
     model = absorbing.Denoiser(published.CODES, sizes.tokens, sizes.layers, sizes.width, 16, 2 * sizes.width)
     model.load_state_dict(published_denoiser(sizes).state_dict())
-    model = on_device(model).eval()
-    return torch.compile(model) if sizes.compiled else model
+    return on_device(model).eval()
 
 
 def in_bfloat16() -> torch.autocast:
@@ -168,8 +165,6 @@ def denoiser_pass(ours: bool, sizes: Sizes) -> Callable[[], torch.Tensor]:
         with in_bfloat16() if ours else contextlib.nullcontext():
             return model(tokens)
 
-    if ours:
-        once()  # is compiled now
     return once
 
 

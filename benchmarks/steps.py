@@ -8,7 +8,9 @@ The same sizes and machine as ``python -m benchmarks``; each line is the median 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -127,45 +129,41 @@ def vqae_variants(sizes: Sizes) -> list[Variant]:
     ]
 
 
-def denoiser_with(sizes: Sizes, how: str) -> Callable[[], torch.Tensor]:
-    """One pass of the published denoiser over a row of masks."""
-    model = rows.published_denoiser(sizes)
+def denoiser_with(
+    sizes: Sizes, ours: bool = False, some: bool = False, bfloat16: bool = False, compiled: bool = False
+) -> Callable[[], torch.Tensor]:
+    """One pass over a row of masks; of ``some`` places, as many as one of 48 passes reveals, or of all."""
+    model = (rows.our_denoiser if ours else rows.published_denoiser)(sizes)
     length = math.prod(sizes.tokens)
     tokens = torch.full((1, length), published.CODES, device=best_device())
-    some = torch.arange(0, length, 48, device=best_device())  # as many as one of 48 passes reveals
-    compiled = torch.compile(model) if how == "compiled" else model
 
     def predict() -> torch.Tensor:
-        if how == "logits of a few":
-            return model.head(model.blocks(model.token(tokens) + model.position)[:, some])
-        return compiled(tokens)
+        if some:
+            return model.head(model.blocks(model.token(tokens) + model.position)[:, ::48])
+        return model(tokens)
+
+    predict = torch.compile(predict) if compiled else predict
 
     @torch.no_grad()
     def work() -> torch.Tensor:
-        if how in ("autocast", "compiled"):
-            with rows.in_bfloat16():
-                return predict()
-        usual = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(how != "blocks")
-        try:
+        with rows.in_bfloat16() if bfloat16 else contextlib.nullcontext():
             return predict()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(usual)
 
-    work()  # is compiled now
+    if compiled:
+        work()  # is compiled now
     return work
 
 
 def denoiser_variants(sizes: Sizes) -> list[Variant]:
     """One pass over all tokens."""
     variants = [
-        Variant("published", denoiser_with, (sizes, "published")),
-        Variant("logits only where they are used", denoiser_with, (sizes, "logits of a few")),
-        Variant("all logits, attention in blocks", denoiser_with, (sizes, "blocks")),
-        Variant("and bfloat16 where it is safe", denoiser_with, (sizes, "autocast")),
+        Variant("published", denoiser_with, (sizes,)),
+        Variant("logits only where they are used", denoiser_with, (sizes, False, True)),
+        Variant("all logits, attention in blocks", denoiser_with, (sizes, True)),
+        Variant("and bfloat16 where it is safe", denoiser_with, (sizes, True, False, True)),
     ]
-    compiled = Variant("the same, compiled", denoiser_with, (sizes, "compiled"))
-    return [*variants, compiled] if sizes.compiled else variants
+    compiled = Variant("the same, compiled", denoiser_with, (sizes, True, False, True, True))
+    return [*variants, compiled] if shutil.which("c++") else variants
 
 
 PARTS: dict[str, Callable[[Sizes], list[Variant]]] = {

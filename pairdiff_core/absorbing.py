@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
     Args:
         codes: K; token K is MASK.
         grid: of the tokens of a pair; L is the product of its sizes.
-        layers, width, heads, feed_forward: of ``nn.TransformerEncoderLayer``, normalised before each block.
+        layers, width, heads, feed_forward: of :class:`EncoderLayer`.
         convolutions: residual blocks of two convolutions over the grid, before the transformer's layers, of which
             there may then be none. A transformer has to find out what neighbours mean at each place anew; a
             convolution learns it once for all places.
@@ -59,9 +59,7 @@ class Denoiser(nn.Module):
         )
         for block in self.convolutions:  # start as the identity
             nn.init.zeros_(block.conv2.conv.weight)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
+        layer = EncoderLayer(width, heads, feed_forward, 0.0, batch_first=True, norm_first=True)
         self.blocks: nn.Module = nn.LayerNorm(width)
         if layers:
             self.blocks = nn.TransformerEncoder(layer, layers, norm=self.blocks, enable_nested_tensor=False)
@@ -81,6 +79,23 @@ class Denoiser(nn.Module):
             image = hidden.movedim(1, 2).unflatten(2, self.grid)  # (N, L, width) -> (N, width, *grid)
             hidden = self.convolutions(image).flatten(2).movedim(1, 2)
         return self.head(self.blocks(hidden))
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017, normalised before each of its two blocks.
+
+    The weights and their names are PyTorch's. Its own ``forward`` takes another path in sampling: that one writes down
+    how much each token looks at each other, (heads, L, L), and stays in 32 bit once it is compiled under autocast.
+    """
+
+    def forward(self, src: torch.Tensor, **_unused: object) -> torch.Tensor:
+        """``src`` (N, L, width) with what all tokens of a row tell one another, same shape; there are no masks."""
+        attention = self.self_attn
+        seen = F.linear(self.norm1(src), attention.in_proj_weight, attention.in_proj_bias)  # (N, L, 3 width)
+        query, key, value = seen.unflatten(2, (3, attention.num_heads, -1)).movedim(1, 3).unbind(1)
+        told = F.scaled_dot_product_attention(query, key, value)  # (N, heads, L, width / heads)
+        src = src + attention.out_proj(told.transpose(1, 2).flatten(2))
+        return src + self.linear2(F.gelu(self.linear1(self.norm2(src))))
 
 
 def place_code(grid: Sequence[int], width: int) -> torch.Tensor:

@@ -260,3 +260,40 @@ def test_convolutions_start_as_the_identity():
     without.load_state_dict({k: v for k, v in with_blocks.state_dict().items() if "convolutions" not in k})
     tokens = torch.randint(0, 6, (2, 16))
     torch.testing.assert_close(with_blocks(tokens), without(tokens))
+
+
+def encoder_layers(dtype=torch.float32):
+    """PyTorch's and ours, with the same weights."""
+    theirs = torch.nn.TransformerEncoderLayer(
+        32, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True, dtype=dtype
+    )
+    ours = absorbing.EncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_layer_is_that_of_pytorch(training):
+    theirs, ours = (layer.train(training) for layer in encoder_layers(torch.float64))
+    seen = torch.randn(2, 15, 32, dtype=torch.float64, generator=seeded())
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(ours(seen), theirs(seen))
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_sampling_writes_down_no_table_of_attention(bfloat16):
+    in_blocks, as_table = "_scaled_dot_product_flash_attention_for_cpu", "_transformer_encoder_layer_fwd"
+    attention = []
+    for layer in encoder_layers():
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, bfloat16),
+            torch.profiler.profile() as done,
+        ):
+            layer.eval()(torch.zeros(1, 300, 32))
+        attention.append(
+            {in_blocks, as_table} & {event.key.removeprefix("aten::") for event in done.key_averages()}
+        )
+    theirs, ours = attention
+    assert ours == {in_blocks}
+    assert theirs == {as_table}, "where PyTorch's no longer does so, ours can go"
