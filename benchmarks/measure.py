@@ -44,20 +44,18 @@ class Row(NamedTuple):
         return {**self._asdict(), "ratio": self.ratio, "reached": self.reached}
 
 
-def seconds_in_turn(
-    ours: Callable[[], Any], published: Callable[[], Any], repeats: int = 3
-) -> tuple[float, float]:
-    """Median seconds of each, run in turn after one untimed run of both: other work then slows both alike."""
-    spent: tuple[list[float], list[float]] = ([], [])
+def seconds_in_turn(*works: Callable[[], Any], repeats: int = 3) -> tuple[float, ...]:
+    """Median seconds of each, run in turn after one untimed run of all: other work then slows all alike."""
+    spent: tuple[list[float], ...] = tuple([] for _ in works)
     for repeat in range(repeats + 1):
-        for times, work in zip(spent, (ours, published), strict=True):
+        for times, work in zip(spent, works, strict=True):
             started = time.perf_counter()
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if repeat:
                 times.append(time.perf_counter() - started)
-    return statistics.median(spent[0]), statistics.median(spent[1])
+    return tuple(statistics.median(times) for times in spent)
 
 
 def peak_gib(work: Callable[..., Any], *arguments: Any) -> float:

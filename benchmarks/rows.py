@@ -103,7 +103,7 @@ def autoencoder(sizes: Sizes) -> Iterator[Row]:
         return lambda: kept.append(step())
 
     ours, theirs = (work(kept, bfloat16) for kept, bfloat16 in zip(losses, (True, False), strict=True))
-    seconds = seconds_in_turn(ours, theirs, 3 * sizes.repeats)
+    seconds = seconds_in_turn(ours, theirs, repeats=3 * sizes.repeats)
     yield Row("one VQ-AE training step, a 64^3 patch", "s", *seconds, 1.5)
     off = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
     yield Row(
@@ -170,7 +170,7 @@ def denoiser_pass(ours: bool, sizes: Sizes) -> Callable[[], torch.Tensor]:
 
 def denoiser(sizes: Sizes) -> Iterator[Row]:
     ours, theirs = (denoiser_pass(side, sizes) for side in (True, False))
-    yield Row("one denoiser pass", "s", *seconds_in_turn(ours, theirs, sizes.repeats), 3.0)
+    yield Row("one denoiser pass", "s", *seconds_in_turn(ours, theirs, repeats=sizes.repeats), 3.0)
     off = (ours().float() - theirs()).norm() / theirs().norm()
     yield Row("one denoiser pass: relative error", "%", 100 * float(off), None, 1.0, absolute=True)
     peaks = [peak_gib(denoiser_pass, side, sizes) for side in (True, False)]
@@ -196,7 +196,9 @@ def sampling_pass(ours: bool, sizes: Sizes) -> Callable[[], torch.Tensor]:
 
 
 def sampling(sizes: Sizes) -> Iterator[Row]:
-    ours, theirs = seconds_in_turn(sampling_pass(True, sizes), sampling_pass(False, sizes), sizes.repeats)
+    ours, theirs = seconds_in_turn(
+        *(sampling_pass(side, sizes) for side in (True, False)), repeats=sizes.repeats
+    )
     passes = get_profile("laptop", 3).synthesis.steps
     yield Row(f"sampling a pair, {passes} passes instead of 256", "s", passes * ours, 256 * theirs, 10.0)
 
@@ -231,7 +233,7 @@ def registration_step(sizes: Sizes, **changes: Any) -> Callable[[], float]:
 
 def registration_training(sizes: Sizes) -> Iterator[Row]:
     sides = registration_step, published_registration_step
-    seconds = seconds_in_turn(*(side(sizes) for side in sides), sizes.repeats)
+    seconds = seconds_in_turn(*(side(sizes) for side in sides), repeats=sizes.repeats)
     yield Row("one registration training step", "s", *seconds, 5.0)
     peaks = [peak_gib(side, sizes) for side in sides]
     yield Row("one registration training step: peak memory", "GiB", *peaks, 2.0)
@@ -250,7 +252,7 @@ def instance_optimisation(sizes: Sizes, **fewer: int) -> Callable[[], object]:
 def instance(sizes: Sizes) -> Iterator[Row]:
     for name, fewer in {"all levels": {}, "briefly": BRIEF}.items():
         ours, step = seconds_in_turn(
-            instance_optimisation(sizes, **fewer), published_registration_step(sizes), sizes.repeats
+            instance_optimisation(sizes, **fewer), published_registration_step(sizes), repeats=sizes.repeats
         )
         yield Row(f"instance optimisation of one pair, {name}", "s", ours, 50 * step, 100.0)
 

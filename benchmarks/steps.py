@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps
 
-The same sizes and machine as ``python -m benchmarks``; each line is the median of its repeats.
+The same sizes as ``python -m benchmarks``; each line is the median of its repeats, the lines of a part in turn.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import published, rows
-from benchmarks.measure import peak_gib
+from benchmarks.measure import peak_gib, seconds_in_turn
 from benchmarks.rows import RESULTS, SMALL, Sizes
 from pairdiff_core import registration
 from pairdiff_core.checkpoints import provenance
@@ -79,7 +78,7 @@ def registration_variants(sizes: Sizes) -> list[Variant]:
             "the first U-Net sees coarser images, and is wider",
             {"coarser": 2, "channels": (8, 16, 32, 64, 64, 16)},
         ),
-        ("images compared at four scales: dearer, but it learns more", {"scales": 4}),
+        ("images compared at four scales: it learns more", {"scales": 4}),
     ):
         changes = changes | numbers
         variants.append(Variant(change, registration_with, (sizes, changes)))
@@ -174,24 +173,13 @@ PARTS: dict[str, Callable[[Sizes], list[Variant]]] = {
 }
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Of some runs, after one that is not timed."""
-    spent = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - started)
-    return statistics.median(spent[1:])
-
-
 def measure(part: str, sizes: Sizes) -> Iterator[Change]:
     """All variants of a part, in their order."""
-    for variant in PARTS[part](sizes):
-        work = partial(variant.prepare, *variant.arguments)
-        seconds = median_seconds(work(), sizes.repeats)
-        yield Change(part, variant.change, seconds, peak_gib(variant.prepare, *variant.arguments))
+    variants = PARTS[part](sizes)
+    prepared = [partial(variant.prepare, *variant.arguments) for variant in variants]
+    seconds = seconds_in_turn(*(prepare() for prepare in prepared), repeats=sizes.repeats)
+    for variant, prepare, spent in zip(variants, prepared, seconds, strict=True):
+        yield Change(part, variant.change, spent, peak_gib(prepare))
 
 
 def main() -> None:
