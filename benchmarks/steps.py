@@ -157,12 +157,14 @@ def denoiser_variants(sizes: Sizes) -> list[Variant]:
     """One pass over all tokens."""
     variants = [
         Variant("published", denoiser_with, (sizes,)),
-        Variant("logits only where they are used", denoiser_with, (sizes, False, True)),
-        Variant("all logits, attention in blocks", denoiser_with, (sizes, True)),
-        Variant("and bfloat16 where it is safe", denoiser_with, (sizes, True, False, True)),
+        Variant("logits only where they are used", partial(denoiser_with, some=True), (sizes,)),
+        Variant("all logits, attention in blocks", partial(denoiser_with, ours=True), (sizes,)),
+        Variant("and bfloat16 where it is safe", partial(denoiser_with, ours=True, bfloat16=True), (sizes,)),
     ]
-    compiled = Variant("the same, compiled", denoiser_with, (sizes, True, False, True, True))
-    return [*variants, compiled] if shutil.which("c++") else variants
+    if shutil.which("c++"):
+        work = partial(denoiser_with, ours=True, bfloat16=True, compiled=True)
+        variants.append(Variant("the same, compiled", work, (sizes,)))
+    return variants
 
 
 PARTS: dict[str, Callable[[Sizes], list[Variant]]] = {

@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         )
         for block in self.convolutions:  # start as the identity
             nn.init.zeros_(block.conv2.conv.weight)
-        layer = EncoderLayer(width, heads, feed_forward, 0.0, batch_first=True, norm_first=True)
+        layer = EncoderLayer(width, heads, feed_forward)
         self.blocks: nn.Module = nn.LayerNorm(width)
         if layers:
             self.blocks = nn.TransformerEncoder(layer, layers, norm=self.blocks, enable_nested_tensor=False)
@@ -86,10 +86,26 @@ class EncoderLayer(nn.TransformerEncoderLayer):
 
     The weights and their names are PyTorch's. Its own ``forward`` takes another path in sampling: that one writes down
     how much each token looks at each other, (heads, L, L), and stays in 32 bit once it is compiled under autocast.
+
+    Args:
+        width: of a token, a multiple of ``heads``.
+        heads: that look at the other tokens, each with its share of the width.
+        feed_forward: width inside the second block.
     """
 
-    def forward(self, src: torch.Tensor, **_unused: object) -> torch.Tensor:
-        """``src`` (N, L, width) with what all tokens of a row tell one another, same shape; there are no masks."""
+    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
+        super().__init__(
+            width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(
+        self,
+        src: torch.Tensor,
+        src_mask: None = None,
+        src_key_padding_mask: None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """``src`` (N, L, width) with what all tokens of a row tell one another, same shape; no masks are taken."""
         attention = self.self_attn
         seen = F.linear(self.norm1(src), attention.in_proj_weight, attention.in_proj_bias)  # (N, L, 3 width)
         query, key, value = seen.unflatten(2, (3, attention.num_heads, -1)).movedim(1, 3).unbind(1)

@@ -262,19 +262,17 @@ def test_convolutions_start_as_the_identity():
     torch.testing.assert_close(with_blocks(tokens), without(tokens))
 
 
-def encoder_layers(dtype=torch.float32):
+def encoder_layers():
     """PyTorch's and ours, with the same weights."""
-    theirs = torch.nn.TransformerEncoderLayer(
-        32, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True, dtype=dtype
-    )
-    ours = absorbing.EncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True, dtype=dtype)
+    theirs = torch.nn.TransformerEncoderLayer(32, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+    ours = absorbing.EncoderLayer(32, 4, 64)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_encoder_layer_is_that_of_pytorch(training):
-    theirs, ours = (layer.train(training) for layer in encoder_layers(torch.float64))
+    theirs, ours = (layer.double().train(training) for layer in encoder_layers())
     seen = torch.randn(2, 15, 32, dtype=torch.float64, generator=seeded())
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(ours(seen), theirs(seen))
