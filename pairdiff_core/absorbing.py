@@ -85,7 +85,8 @@ class EncoderLayer(nn.TransformerEncoderLayer):
     """The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017, normalised before each of its two blocks.
 
     The weights and their names are PyTorch's. Its own ``forward`` takes another path in sampling: that one writes down
-    how much each token looks at each other, (heads, L, L), and stays in 32 bit once it is compiled under autocast.
+    how much each token looks at each other, (heads, L, L). It does so under autocast, too, and, compiled, stays in
+    32 bit: it asks whether autocast is on for CUDA only (pytorch/pytorch, issue 191796).
 
     Args:
         width: of a token, a multiple of ``heads``.
