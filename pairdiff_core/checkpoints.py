@@ -250,7 +250,8 @@ def _commit() -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    """What a person calls the device, such as "NVIDIA H200" or "Intel(R) Xeon(R) ..."."""
+    """What a person calls the device, such as "NVIDIA H200", or a processor with the instructions that PyTorch uses of
+    it, as "AMD EPYC (AVX2)": makers give one name to very different ones."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -260,4 +261,5 @@ def _device_name(device: torch.device) -> str:
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -31,7 +31,7 @@ from pairdiff_core.profiles import PROFILES, Profile, get_profile
 from pairdiff_core.results import measure, write_results
 from pairdiff_core.resume import Paused, pausing
 from pairdiff_core.runs import Run, open_run
-from pairdiff_core.training import best_device
+from pairdiff_core.training import best_device, fast_in_bfloat16
 
 StageName = StrEnum("StageName", [(name, name) for name in ("all", *pipeline.STAGES, "evaluate")])
 DeviceName = StrEnum("DeviceName", ["cpu", "cuda"])
@@ -102,9 +102,10 @@ def info() -> None:
         chosen = get_profile().name
     except ValueError as error:
         chosen = f"none: {error}"
+    bits = "bfloat16 where a profile allows it" if fast_in_bfloat16(best_device()) else "32 bit throughout"
     rows = {
         "versions": f"{versions}, commit {made_by['commit']}",
-        "device": f"{best_device()}, {made_by['device']}, {made_by['threads']} threads",
+        "device": f"{best_device()}, {made_by['device']}, {made_by['threads']} threads, {bits}",
         "profiles": f"{', '.join(PROFILES[2])}; chosen: {chosen}",
         "oasis2d": _where(find_oasis),
         "lung250m": _where(find_lung250m),

@@ -25,7 +25,7 @@ from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Profile, get_profile
 from pairdiff_core.randomness import generator, seed_of
 from pairdiff_core.resume import Bookmark, Paused, check_config
-from pairdiff_core.training import History, best_device
+from pairdiff_core.training import History, best_device, fast_in_bfloat16
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
 
@@ -101,10 +101,15 @@ class Run:
             }
         return told
 
+    def precision(self, stage: str) -> str:
+        """In Fabric's words: bfloat16 if the profile allows it for "vqae", "denoiser", "synthesis" or "registration",
+        and the device is fast in it."""
+        low = stage in self.profile.mixed_precision and fast_in_bfloat16(best_device())
+        return "bf16-mixed" if low else "32-true"
+
     def fabric(self, stage: str) -> Fabric:
-        """Device, precision and processes of "vqae", "denoiser", "synthesis" or "registration", as the profile says."""
-        precision = "bf16-mixed" if stage in self.profile.mixed_precision else "32-true"
-        device = best_device().type
+        """Device, precision and processes of a stage, named as for :meth:`precision`."""
+        precision, device = self.precision(stage), best_device().type
         if processes.count() == 1:
             return Fabric(accelerator=device, devices=1, precision=precision)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count()))
@@ -227,7 +232,7 @@ def load_or_train(
                 bookmark = run.bookmark(f"{name}.part", {**config, "processes": processes.count()})
                 bookmark.log = partial(run_folder.write_log, run.path, name)
                 history = fit(model, bookmark)
-                metadata = _describe(run, config, bookmark.seconds) | {"history": history}
+                metadata = _describe(run, name, config, bookmark.seconds) | {"history": history}
                 if processes.rank() == 0:
                     bookmark.log(history)
                     _finish(run, name, model.state_dict(), metadata)
@@ -290,14 +295,22 @@ def _make_pieces(
     if processes.rank() == 0:
         tensor = torch.cat([file.load()[0]["tensor"] for file in files])
         seconds = sum(file.seconds_before for file in files) / processes.count()
-        _finish(run, name, {"tensor": tensor}, _describe(run, config, seconds))
+        _finish(run, name, {"tensor": tensor}, _describe(run, name, config, seconds))
         shutil.rmtree(run.path / f"{name}.part")
     processes.wait()
 
 
+def _stage(name: str) -> str:
+    """The stage that a result is of: "registration" for "registration-real"."""
+    return name.split("-")[0]
+
+
 def _complete(run: Run, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the precision of the stage that the result is of, "registration" for "registration-real"."""
-    stage = name.split("-")[0]
+    """The config, and whether the profile allows the stage to be in bfloat16 and compiles it.
+
+    Not whether it was in bfloat16: a run may go on where another processor began it. The provenance tells.
+    """
+    stage = _stage(name)
     return {
         **config,
         **({"bfloat16": True} if stage in run.profile.mixed_precision else {}),
@@ -305,8 +318,9 @@ def _complete(run: Run, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(run: Run, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    made_by = provenance(run.profile.name, run.seed, best_device()) | {"processes": processes.count()}
+def _describe(run: Run, name: str, config: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    made_by = provenance(run.profile.name, run.seed, best_device())
+    made_by |= {"processes": processes.count(), "precision": run.precision(_stage(name))}
     return {"config": dict(config), "dataset": run.dataset, "seconds": seconds, "provenance": made_by}
 
 

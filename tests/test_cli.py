@@ -156,6 +156,7 @@ def test_info(no_data_set, monkeypatch, oasis_folder):
     assert "torch" in rows["versions"] and rows["profiles"].endswith("chosen: paper")
     assert rows["oasis2d"] == str(oasis_folder) and rows["lung250m"].startswith("not found")
     assert "oasis2d-laptop" in rows["models"] and "GB free" in rows["runs"]
+    assert rows["device"].endswith(("32 bit throughout", "bfloat16 where a profile allows it"))
 
 
 def test_info_tells_a_profile_that_there_is_not(no_data_set, monkeypatch):

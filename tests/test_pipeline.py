@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_run import small_run, small_run_3d
 
-from pairdiff_core import absorbing, pipeline, results, training, vqae
+from pairdiff_core import absorbing, pipeline, results, runs, training, vqae
 from pairdiff_core.checkpoints import CheckpointError
 
 
@@ -149,7 +149,8 @@ def test_completed_pairs_keep_what_was_known(tmp_path):
 
 
 @pytest.mark.parametrize("small", [small_run, small_run_3d])
-def test_an_autoencoder_in_bfloat16_learns_as_one_in_32_bit(tmp_path, small):
+def test_an_autoencoder_in_bfloat16_learns_as_one_in_32_bit(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(runs, "fast_in_bfloat16", lambda device: True)
     run = small(tmp_path / "plain")
     low = replace(run, folder=tmp_path / "low", profile=replace(run.profile, mixed_precision=("vqae",)))
     losses, also = ([entry["loss"] for entry in pipeline.train_vqae(each).history] for each in (run, low))
@@ -157,8 +158,9 @@ def test_an_autoencoder_in_bfloat16_learns_as_one_in_32_bit(tmp_path, small):
 
 
 @pytest.mark.parametrize("change", ["mixed_precision", "compiled"])
-def test_the_fast_denoiser_agrees_with_the_plain_one(tmp_path, change):
+def test_the_fast_denoiser_agrees_with_the_plain_one(tmp_path, change, monkeypatch):
     """bfloat16 has three digits; a compiled network adds up in another order."""
+    monkeypatch.setattr(runs, "fast_in_bfloat16", lambda device: True)
     if change == "compiled" and shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     losses, made = {}, {}

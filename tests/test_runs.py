@@ -8,7 +8,8 @@ import torch
 from small_run import small_run
 from torch import nn
 
-from pairdiff_core.checkpoints import CheckpointError
+from pairdiff_core import runs
+from pairdiff_core.checkpoints import CheckpointError, load_checkpoint
 from pairdiff_core.data import DataError
 from pairdiff_core.profiles import get_profile
 from pairdiff_core.resume import Paused
@@ -65,7 +66,8 @@ def test_a_setting_that_was_added_later_and_is_unset_changes_nothing(tmp_path):
     assert trained == [True]
 
 
-def test_mixed_precision_is_the_stage_s_own_and_part_of_its_settings(tmp_path):
+def test_mixed_precision_is_the_stage_s_own_and_part_of_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "fast_in_bfloat16", lambda device: True)
     run = small_run(tmp_path)
     mixed = replace(run, profile=replace(run.profile, mixed_precision=("line",)))
     for fabric, expected in (
@@ -78,6 +80,20 @@ def test_mixed_precision_is_the_stage_s_own_and_part_of_its_settings(tmp_path):
     line(run)
     with pytest.raises(CheckpointError, match=r"bfloat16 differ"):
         line(mixed)
+
+
+def test_what_was_made_in_bfloat16_is_good_where_that_is_slow(tmp_path, monkeypatch):
+    run = small_run(tmp_path)
+    run = replace(run, profile=replace(run.profile, mixed_precision=("line", "other")))
+
+    def made(name, fast):
+        monkeypatch.setattr(runs, "fast_in_bfloat16", lambda device: fast)
+        stage = load_or_train(run, name, {}, lambda: nn.Linear(2, 1), lambda model, bookmark: [])
+        return stage.loaded, load_checkpoint(tmp_path / f"{name}.safetensors")[1]["provenance"]["precision"]
+
+    assert made("line", fast=True) == (False, "bf16-mixed")
+    assert made("line", fast=False) == (True, "bf16-mixed"), "not made again"
+    assert made("other", fast=False) == (False, "32-true")
 
 
 def test_a_corrupted_checkpoint_is_named_and_stays(tmp_path):

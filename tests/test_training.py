@@ -175,6 +175,17 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert all(later <= earlier for earlier, later in itertools.pairwise(shares[5:]))
 
 
+@pytest.mark.parametrize(
+    ("instructions", "fast"),
+    [({"avx2": True}, False), ({"avx2": True, "avx512_bf16": True}, True), ({"amx_bf16": False}, False)],
+)
+def test_bfloat16_is_for_processors_that_have_instructions_for_it(monkeypatch, instructions, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert training.fast_in_bfloat16(torch.device("cpu")) is fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not training.fast_in_bfloat16(torch.device("cpu")), "a version of PyTorch that cannot tell"
+
+
 def test_a_device_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("PAIRDIFF_DEVICE", "cpu")
     assert training.best_device().type == "cpu"
