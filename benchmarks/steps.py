@@ -26,7 +26,7 @@ from pairdiff_core import registration
 from pairdiff_core.checkpoints import provenance
 from pairdiff_core.profiles import Level
 from pairdiff_core.results import write_results
-from pairdiff_core.training import best_device
+from pairdiff_core.training import best_device, fast_in_bfloat16
 
 
 class Change(NamedTuple):
@@ -120,12 +120,13 @@ def instance_variants(sizes: Sizes) -> list[Variant]:
 
 def vqae_variants(sizes: Sizes) -> list[Variant]:
     """One training step."""
-    return [
+    variants = [
         Variant("published", rows.vqae_step, (sizes, False)),
         Variant("channels last", rows.vqae_step, (sizes, False, True)),
         Variant("bfloat16", rows.vqae_step, (sizes, True)),
         Variant("bfloat16, channels last", rows.vqae_step, (sizes, True, True)),
     ]
+    return variants if fast_in_bfloat16(best_device()) else variants[:2]
 
 
 def denoiser_with(
@@ -159,8 +160,10 @@ def denoiser_variants(sizes: Sizes) -> list[Variant]:
         Variant("published", denoiser_with, (sizes,)),
         Variant("logits only where they are used", partial(denoiser_with, some=True), (sizes,)),
         Variant("all logits, attention in blocks", partial(denoiser_with, ours=True), (sizes,)),
-        Variant("and bfloat16 where it is safe", partial(denoiser_with, ours=True, bfloat16=True), (sizes,)),
     ]
+    if fast_in_bfloat16(best_device()):
+        work = partial(denoiser_with, ours=True, bfloat16=True)
+        variants.append(Variant("and bfloat16 where it is safe", work, (sizes,)))
     if shutil.which("c++"):
         work = partial(denoiser_with, ours=True, bfloat16=True, compiled=True)
         variants.append(Variant("the same, compiled", work, (sizes,)))
