@@ -102,8 +102,10 @@ class Run:
         return told
 
     def precision(self, stage: str) -> str:
-        """In Fabric's words: bfloat16 if the profile allows it for "vqae", "denoiser", "synthesis" or "registration",
-        and the device is fast in it."""
+        """Of "vqae", "denoiser", "synthesis" or "registration", in Fabric's words.
+
+        It is "bf16-mixed" where the profile allows that and the device is fast in it, else "32-true".
+        """
         low = stage in self.profile.mixed_precision and fast_in_bfloat16(best_device())
         return "bf16-mixed" if low else "32-true"
 

@@ -184,6 +184,10 @@ def test_bfloat16_is_for_processors_that_have_instructions_for_it(monkeypatch, i
     assert training.fast_in_bfloat16(torch.device("cpu")) is fast
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not training.fast_in_bfloat16(torch.device("cpu")), "a version of PyTorch that cannot tell"
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *, including_emulation: not including_emulation
+    )
+    assert training.fast_in_bfloat16(torch.device("cuda"))
 
 
 def test_a_device_can_be_asked_for(monkeypatch):
