@@ -226,7 +226,7 @@ def provenance(
             "torch": str(torch.__version__),  # with the build, which the package's own version may leave out
             **{package: version(package) for package in ("monai", "numpy")},
         },
-        "device": _device_name(torch.device(device)),
+        "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "data": dict(data or {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -249,7 +249,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """What a person calls the device, such as "NVIDIA H200", or a processor with the instructions that PyTorch uses of
     it, as "AMD EPYC (AVX2)": makers give one name to very different ones."""
     if device.type == "cuda":

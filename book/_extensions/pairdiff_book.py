@@ -58,16 +58,6 @@ def set_up_config(app: Sphinx, config: Config) -> None:
     config.pairdiff_fingerprint = fingerprint(Path(app.confdir))
 
 
-def processor_name() -> str:
-    """Return the CPU's readable name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
 def memory_gib() -> str:
     """Return the size of the main memory, or "unknown" where the system does not say."""
     try:
@@ -80,10 +70,12 @@ def describe_machine() -> dict[str, str]:
     """Return what a run time depends on, as name and value."""
     import torch
 
+    from pairdiff_core.checkpoints import device_name
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "Processor": processor_name(),
+        "Processor": device_name(torch.device("cpu")),
         "Cores": str(cores),
         "Threads used": str(torch.get_num_threads()),
         "Memory": memory_gib(),
