@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -73,7 +72,7 @@ def vqae_step(sizes: Sizes, bfloat16: bool, channels_last: bool = False) -> Call
     labels = torch.cat(pair_of_maps(sizes), 1)[(..., *middle)].to(torch.uint8)  # (1, 2, *patch)
 
     def loss() -> torch.Tensor:
-        with in_bfloat16() if bfloat16 else contextlib.nullcontext():
+        with in_bfloat16(bfloat16):
             return model.loss(labels)
 
     return training_step(model, loss, 5e-4)
@@ -150,9 +149,10 @@ def our_denoiser(sizes: Sizes) -> nn.Module:
     return on_device(model).eval()
 
 
-def in_bfloat16() -> torch.autocast:
+def in_bfloat16(wanted: bool = True) -> torch.autocast:
     """What a profile's ``mixed_precision`` switches on, if the device is fast in it."""
-    return torch.autocast(best_device().type, torch.bfloat16, enabled=fast_in_bfloat16(best_device()))
+    device = best_device()
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast_in_bfloat16(device))
 
 
 def denoiser_pass(ours: bool, sizes: Sizes) -> Callable[[], torch.Tensor]:
@@ -162,7 +162,7 @@ def denoiser_pass(ours: bool, sizes: Sizes) -> Callable[[], torch.Tensor]:
 
     @torch.no_grad()
     def once() -> torch.Tensor:
-        with in_bfloat16() if ours else contextlib.nullcontext():
+        with in_bfloat16(ours):
             return model(tokens)
 
     return once

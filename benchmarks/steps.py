@@ -8,7 +8,6 @@ The same sizes as ``python -m benchmarks``; each line is the median of its repea
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import shutil
 import time
@@ -146,7 +145,7 @@ def denoiser_with(
 
     @torch.no_grad()
     def work() -> torch.Tensor:
-        with rows.in_bfloat16() if bfloat16 else contextlib.nullcontext():
+        with rows.in_bfloat16(bfloat16):
             return predict()
 
     if compiled:

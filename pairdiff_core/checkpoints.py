@@ -250,8 +250,10 @@ def _commit() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device, such as "NVIDIA H200", or a processor with the instructions that PyTorch uses of
-    it, as "AMD EPYC (AVX2)": makers give one name to very different ones."""
+    """What a person calls the device, such as "NVIDIA H200" or "AMD EPYC (AVX2)".
+
+    A processor is named with the instructions that PyTorch uses of it: makers give one name to very different ones.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
