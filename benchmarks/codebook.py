@@ -7,19 +7,19 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import published
-from pairdiff_core import pipeline, results, vqae
-from pairdiff_core.checkpoints import provenance
-from pairdiff_core.profiles import Profile
-from pairdiff_core.runs import Run, fingerprint, open_run
-from pairdiff_core.training import best_device
+from benchmarks import on_run, published
+from pairdiff_core import pipeline, storage, vqae
+from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs
+from pairdiff_core.pipeline import Run, Trained
+from pairdiff_core.pipeline.pretrained import as_trained
+from pairdiff_core.profiles import Profile, trained_settings
+from pairdiff_core.training import Samples, best_device, fit, new_fabric
 
 
 class PlainCodebook(published.VectorQuantiser):
@@ -37,39 +37,45 @@ def plain_vqae(profile: Profile) -> vqae.PairedVQAE:
     return model
 
 
+def train_plain(run: Run) -> Trained:
+    """That autoencoder, trained as ``pipeline.train_vqae`` trains ours, or loaded if that was done before."""
+    settings, labels, seed = run.profile.vqae, run.train.labels, run.seed_of("vqae")
+    other = replace(run, folder=run.path / "plain")
+    path = other.path / "vqae.safetensors"
+    config = {"settings": trained_settings(settings), "inputs": {"pairs": storage.fingerprint(labels)}}
+    with other.working(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, loaded = plain_vqae(run.profile), path.exists()
+        if loaded:
+            description = storage.load_into(model, path)
+            storage.check_config(path, description["config"], config)
+        else:
+            batches: Any = WarpedPairs(labels, Samples(len(labels), settings.batch, seed), settings.augmentation)
+            if settings.patches is not None:
+                batches = PatchesOfPairs(batches, settings.patches)
+            loss, fabric = (
+                partial(vqae.training_loss, codes=settings.codes),
+                new_fabric("vqae" in run.profile.mixed_precision),
+            )
+            progress = storage.Progress(path.with_suffix(".progress"), config, run.saving)
+            history = fit(model, loss, batches, settings, seed=seed, fabric=fabric, progress=progress)
+            description = {"config": config, "seconds": progress.seconds, "history": history}
+            storage.save_checkpoint(path, model.state_dict(), description)
+            progress.path.unlink(missing_ok=True)
+    return as_trained(model, description, loaded=loaded)
+
+
 def measure(run: Run) -> dict[str, Any]:
-    """Dice of both kinds on the test pairs, and the share of their codes that the training pairs' tokens use."""
-    stages = {
-        "ours": pipeline.train_vqae(run),
-        "published": pipeline.train_vqae(replace(run, folder=run.path / "plain"), plain_vqae),
-    }
+    """Dice of both kinds on the validation pairs, and the share of their codes that the training pairs' tokens use."""
     measured: dict[str, Any] = {}
-    for name, stage in stages.items():
-        use, unseen = (results.describe_vqae(run, stage, pairs) for pairs in (run.train, run.test))
-        measured[name] = {
-            "dice": unseen["dice"],
-            "codes_used": use["codes_used"],
-            "perplexity": use["perplexity"],
-            "seconds": stage.seconds,
-        }
-    data = {"train pairs": fingerprint(run.train.labels), "test pairs": fingerprint(run.test.labels)}
-    made_by = provenance(run.profile.name, run.seed, best_device(), data) | {"dataset": run.dataset}
+    for name, stage in {"ours": pipeline.train_vqae(run), "published": train_plain(run)}.items():
+        use, unseen = (pipeline.describe_vqae(run, stage, pairs) for pairs in (run.train, run.validation))
+        measured[name] = {"dice": unseen["dice"], "codes_used": use["codes_used"], "perplexity": use["perplexity"]}
+        measured[name]["seconds"] = stage.seconds
+    data = {name: storage.fingerprint(getattr(run, name).labels) for name in ("train", "validation")}
+    made_by = storage.provenance(run.profile.name, run.seed, best_device(), data) | {"dataset": run.dataset}
     return {**measured, "provenance": made_by}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codebook", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("run", type=Path, help="finished run folder")
-    parser.add_argument("--data", type=Path, help="folder of the real data")
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    chosen = parser.parse_args()
-    measured = measure(open_run(chosen.run, chosen.data))
-    results.write_results(chosen.json, measured)
-    for name, value in measured["ours"].items():
-        print(f"{name:12} {value:8.4g} {measured['published'][name]:8.4g}")
-
-
 if __name__ == "__main__":
-    main()
+    on_run.command("codebook", __doc__, measure)

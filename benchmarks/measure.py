@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+Work = Callable[[], Any]
+
 
 class Row(NamedTuple):
-    """One line of the table.
+    """One row of the table.
 
     ``ratio`` is how many times less ours is than the published, or how many times more where more is better. The target
     is for the ratio, or, if ``absolute``, for ours.
@@ -44,35 +46,44 @@ class Row(NamedTuple):
         return {**self._asdict(), "ratio": self.ratio, "reached": self.reached}
 
 
-def seconds_in_turn(*works: Callable[[], Any], repeats: int = 3) -> tuple[float, ...]:
-    """Median seconds of each, run in turn after one untimed run of all: other work then slows all alike."""
+def synchronise() -> None:
+    """Wait until a GPU that is in use has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def seconds_in_turn(*works: Work, repeats: int = 3) -> tuple[float, ...]:
+    """Median seconds of each, run in turn after one untimed run of all: other load then slows all alike."""
     spent: tuple[list[float], ...] = tuple([] for _ in works)
     for repeat in range(repeats + 1):
         for times, work in zip(spent, works, strict=True):
+            synchronise()
             started = time.perf_counter()
             work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronise()
             if repeat:
                 times.append(time.perf_counter() - started)
     return tuple(statistics.median(times) for times in spent)
 
 
-def peak_gib(work: Callable[..., Any], *arguments: Any) -> float:
-    """Memory that ``work(*arguments)`` needs at most, above what there was before, in GiB.
+def peak_gib(prepare: Callable[..., Work], *arguments: Any) -> float:
+    """Memory in GiB that ``prepare(*arguments)()`` needs at most, above what there is when all is prepared.
 
-    On a CPU it runs in a new process, whose largest size the operating system knows; ``work`` is a plain function of
-    a module, and returns what is to be measured as a function without arguments, when all is prepared.
+    Unless a GPU is in use, it runs in a new process, whose largest size the operating system knows; ``prepare`` and
+    its arguments must be such that they can be pickled.
+
+    Raises:
+        EOFError: if the work fails in that process.
     """
-    if torch.cuda.is_available():
-        ready = work(*arguments)
+    if torch.cuda.is_initialized():
+        work = prepare(*arguments)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        ready()
+        work()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), work, arguments))
+    process = context.Process(target=_send_peak, args=(sender, torch.get_num_threads(), prepare, arguments))
     process.start()
     sender.close()
     gib = receiver.recv()
@@ -80,18 +91,16 @@ def peak_gib(work: Callable[..., Any], *arguments: Any) -> float:
     return gib
 
 
-def _measure(sender: Any, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _send_peak(sender: Any, threads: int, prepare: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
-    ready = work(*arguments)
+    work = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
-    before = largest_bytes()
-    ready()
-    sender.send((largest_bytes() - before) / 2**30)
+    before = _largest_bytes()
+    work()
+    sender.send((_largest_bytes() - before) / 2**30)
 
 
-def largest_bytes() -> int:
-    """The largest size that this process has had in memory, as Linux tells it."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    )
-    return 1024 * int(line.split()[1])
+def _largest_bytes() -> int:
+    """The largest size that this process has had in memory, as Linux reports it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -1,7 +1,7 @@
 """The published procedure at its full size, written from its description: the other side of the benchmarks.
 
-Source: Heinrich, "Unleashing Registration: Diffusion Models for Paired Synthetic 3D Data Generation", 2024. It is kept
-as short and plain as it can be said, so that it also is the version to read first; nothing in it was made fast.
+Source: Heinrich, "Unleashing Registration: Diffusion Models for Paired Synthetic 3D Data Generation", 2024. It is
+short and plain, so that it is also the version to read first; nothing in it was made fast.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class VectorQuantiser(nn.Module):
         return F.embedding(tokens, self.vectors).movedim(-1, 1)
 
     def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes with straight-through gradient (N, C, *grid), their numbers (N, *grid), and the codebook's loss."""
+        """Codes with straight-through gradient (N, C, *grid), their indices (N, *grid), and the codebook's loss."""
         flat = latent.movedim(1, -1).flatten(0, -2)  # (N, C, *grid) -> (positions, C)
         nearest = torch.cdist(flat.detach(), self.vectors.detach()).argmin(1)
         tokens = nearest.reshape(latent.shape[0], *latent.shape[2:])
@@ -69,9 +69,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.token = nn.Embedding(codes + 1, width)
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 16, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
+        layer = nn.TransformerEncoderLayer(width, 16, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, codes, bias=False)
 
@@ -82,14 +80,9 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def sample(
-    predict,
-    length: int,
-    mask: int,
-    steps: int = 256,
-    temperature: float = 0.9,
-    device: torch.device | str = "cpu",
+    predict, length: int, mask: int, steps: int = 256, temperature: float = 0.9, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """One row of tokens (1, L): in each pass all places are predicted, one in ``left`` of the masked ones is kept."""
+    """Tokens (1, L): each step predicts all positions, and reveals one in ``left`` of those that are still masked."""
     tokens = torch.full((1, length), mask, device=device)
     for left in range(steps, 0, -1):
         drawn = torch.distributions.Categorical(logits=predict(tokens).float() / temperature).sample()
@@ -102,9 +95,7 @@ def warp(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
     """``image`` (N, C, *s) at x + u(x), for u (N, 3, *s) in grid_sample's units and order."""
     identity = F.affine_grid(torch.eye(3, 4, device=image.device).expand(len(image), 3, 4), image.shape[:1] + (1,)
                              + image.shape[2:], align_corners=False)  # fmt: skip
-    return F.grid_sample(
-        image, identity + displacement.movedim(1, -1), padding_mode="border", align_corners=False
-    )
+    return F.grid_sample(image, identity + displacement.movedim(1, -1), padding_mode="border", align_corners=False)
 
 
 def exponentiate(velocity: torch.Tensor, squarings: int = 12) -> torch.Tensor:
@@ -150,7 +141,7 @@ def registration_loss(network: Registration, fixed: torch.Tensor, moving: torch.
 def optimise_instance(
     network: Registration, fixed: torch.Tensor, moving: torch.Tensor, steps: int = 50
 ) -> torch.Tensor:
-    """The networks trained on for this very pair; the displacement (1, 3, *s) they then give."""
+    """Train the networks further on this very pair; returns the displacement (1, 3, *s) that they then give."""
     adam = torch.optim.Adam(network.parameters(), 1e-3)
     for _ in range(steps):
         adam.zero_grad()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.steps
 
-The same sizes as ``python -m benchmarks``; each line is the median of its repeats, the lines of a part in turn.
+The same sizes as ``python -m benchmarks``; each number is the median of its repeats, the variants of a part in turn.
 """
 
 from __future__ import annotations
@@ -12,129 +12,83 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks import published, rows
 from benchmarks.measure import peak_gib, seconds_in_turn
-from benchmarks.rows import RESULTS, SMALL, Sizes
+from benchmarks.rows import LAPTOP, RESULTS, SMALL, Sizes
 from pairdiff_core import registration
-from pairdiff_core.checkpoints import provenance
-from pairdiff_core.profiles import Level
-from pairdiff_core.results import write_results
-from pairdiff_core.training import best_device, fast_in_bfloat16
+from pairdiff_core.profiles import Level, UNetStep
+from pairdiff_core.storage import provenance, write_json
+from pairdiff_core.training import best_device, fast_in_bfloat16, new_fabric
+
+# What was changed, and how to prepare the work: calling that gives a function without arguments that does it.
+Variants = dict[str, Callable[[], Callable[[], Any]]]
 
 
-class Change(NamedTuple):
-    """One line: what was changed, and what the work then costs."""
-
-    part: str
-    change: str
-    seconds: float
-    gib: float
-
-
-class Variant(NamedTuple):
-    """One way to do the work; ``prepare(*arguments)`` returns it as a function without arguments."""
-
-    change: str
-    prepare: Callable[..., Callable[[], object]]
-    arguments: tuple = ()
-
-
-PUBLISHED_NUMBERS = {
-    "channels": (8, 16, 32, 64, 64, 64),
-    "squarings": 12,
-    "control": 1,
-    "coarser": 1,
-    "scales": 1,
-}
-
-
-def registration_with(sizes: Sizes, changes: dict) -> Callable[[], float]:
-    """``rows.registration_step`` in a form that can be sent to another process."""
-    return rows.registration_step(sizes, **changes)
-
-
-def registration_variants(sizes: Sizes) -> list[Variant]:
-    """One training step."""
-    changes = PUBLISHED_NUMBERS
-    variants = [
-        Variant("published", rows.published_registration_step, (sizes,)),
-        Variant(
-            "fields on the grid of the U-Nets, both directions in one batch",
-            registration_with,
-            (sizes, changes),
-        ),
-    ]
-    for change, numbers in (
-        ("5 squarings instead of 12", {"squarings": 5}),
-        ("velocities on a grid twice as coarse", {"control": 2}),
-        (
-            "the first U-Net sees coarser images, and is wider",
-            {"coarser": 2, "channels": (8, 16, 32, 64, 64, 16)},
-        ),
-        ("images compared at four scales: it learns more", {"scales": 4}),
-    ):
-        changes = changes | numbers
-        variants.append(Variant(change, registration_with, (sizes, changes)))
+def registration_variants(sizes: Sizes) -> Variants:
+    """One training step; it returns the loss before it."""
+    unets = 2 * (UNetStep(2, (8, 16, 32, 64, 64, 64)),)
+    settings = replace(LAPTOP.registration, unets=unets, control=2, squarings=12, scales=1)
+    variants: Variants = {"published": partial(rows.published_registration_step, sizes)}
+    for change, changed in {
+        "fields on the grid of the U-Nets, both directions in one batch": {},
+        "5 squarings instead of 12": {"squarings": 5},
+        "velocities on a grid twice as coarse": {"control": 4},
+        "the first U-Net sees coarser images, and is wider": {"unets": LAPTOP.registration.unets},
+        "images compared at four scales: it learns more": {"scales": 4},
+    }.items():
+        settings = replace(settings, **changed)
+        variants[change] = partial(rows.registration_step, sizes, settings)
     return variants
 
 
-def optimisation(sizes: Sizes, level: Level, near_only: bool) -> Callable[[], object]:
-    """A few steps of instance optimisation at one level, from nothing."""
+def optimisation(sizes: Sizes, level: Level, only_near: bool) -> Callable[[], registration.Velocities]:
+    """Instance optimisation at one level, from the identity."""
     fixed, moving = rows.pair_of_maps(sizes)
-    start = (torch.zeros(1, 3, 1, 1, 1, device=best_device()),)
-
-    def work() -> object:
-        usual, registration.LARGE = registration.LARGE, registration.LARGE if near_only else 2**62
-        try:
-            return registration.optimise(fixed, moving, start, level, smoothness=0.05, squarings=5)
-        finally:
-            registration.LARGE = usual
-
-    return work
+    zero = fixed.new_zeros(1, 3, 1, 1, 1)
+    return partial(
+        registration.optimise, fixed, moving, (zero,), level, smoothness=0.05, squarings=5, only_near=only_near
+    )
 
 
-def instance_variants(sizes: Sizes) -> list[Variant]:
-    """Ten steps of instance optimisation."""
-    steps = 10
-    return [
-        Variant(
-            "no network, a velocity for every voxel", optimisation, (sizes, Level(1, 1, steps, 0.2), False)
-        ),
-        Variant(
-            "velocities on a grid four times as coarse", optimisation, (sizes, Level(1, 4, steps, 0.2), False)
-        ),
-        Variant(
-            "only voxels near vessels are compared", optimisation, (sizes, Level(1, 4, steps, 0.2), True)
-        ),
-        Variant("at half the resolution", optimisation, (sizes, Level(2, 2, steps, 0.2), True)),
-        Variant("at a quarter of the resolution", optimisation, (sizes, Level(4, 2, steps, 0.2), True)),
-    ]
+def instance_variants(sizes: Sizes, steps: int = 10) -> Variants:
+    """Some steps of instance optimisation; the work returns the velocities."""
+    return {
+        change: partial(optimisation, sizes, Level(scale, control, steps, 0.2), only_near)
+        for change, scale, control, only_near in (
+            ("no network, a velocity for every voxel", 1, 1, False),
+            ("velocities on a grid four times as coarse", 1, 4, False),
+            ("only voxels near vessels are compared", 1, 4, True),
+            ("at half the resolution", 2, 2, True),
+            ("at a quarter of the resolution", 4, 2, True),
+        )
+    }
 
 
-def vqae_variants(sizes: Sizes) -> list[Variant]:
-    """One training step."""
-    variants = [
-        Variant("published", rows.vqae_step, (sizes, False)),
-        Variant("channels last", rows.vqae_step, (sizes, False, True)),
-        Variant("bfloat16", rows.vqae_step, (sizes, True)),
-        Variant("bfloat16, channels last", rows.vqae_step, (sizes, True, True)),
-    ]
-    return variants if fast_in_bfloat16(best_device()) else variants[:2]
+def vqae_variants(sizes: Sizes) -> Variants:
+    """One training step of the published autoencoder; it returns the loss before it."""
+    variants: Variants = {
+        "published": partial(rows.vqae_step, False, sizes),
+        "channels last": partial(rows.vqae_step, False, sizes, channels_last=True),
+    }
+    if fast_in_bfloat16(best_device()):
+        variants["bfloat16"] = partial(rows.vqae_step, False, sizes, bfloat16=True)
+        variants["bfloat16, channels last"] = partial(rows.vqae_step, False, sizes, bfloat16=True, channels_last=True)
+    return variants
 
 
 def denoiser_with(
     sizes: Sizes, ours: bool = False, some: bool = False, bfloat16: bool = False, compiled: bool = False
 ) -> Callable[[], torch.Tensor]:
-    """One pass over a row of masks; of ``some`` places, as many as one of 48 passes reveals, or of all."""
-    model = (rows.our_denoiser if ours else rows.published_denoiser)(sizes)
-    length = math.prod(sizes.tokens)
-    tokens = torch.full((1, length), published.CODES, device=best_device())
+    """Logits of a row of masks: of all tokens, or of ``some``, as many as one of 48 sampling steps reveals."""
+    model, fabric = rows.new_denoiser(ours, sizes), new_fabric(bfloat16)
+    tokens = torch.full((1, math.prod(sizes.tokens)), published.CODES, device=best_device())
 
     def predict() -> torch.Tensor:
         if some:
@@ -145,7 +99,7 @@ def denoiser_with(
 
     @torch.no_grad()
     def work() -> torch.Tensor:
-        with rows.in_bfloat16(bfloat16):
+        with fabric.autocast():
             return predict()
 
     if compiled:
@@ -153,23 +107,21 @@ def denoiser_with(
     return work
 
 
-def denoiser_variants(sizes: Sizes) -> list[Variant]:
-    """One pass over all tokens."""
-    variants = [
-        Variant("published", denoiser_with, (sizes,)),
-        Variant("logits only where they are used", partial(denoiser_with, some=True), (sizes,)),
-        Variant("all logits, attention in blocks", partial(denoiser_with, ours=True), (sizes,)),
-    ]
+def denoiser_variants(sizes: Sizes) -> Variants:
+    """One forward pass over all tokens; the work returns the logits."""
+    variants: Variants = {
+        "published": partial(denoiser_with, sizes),
+        "logits only where they are used": partial(denoiser_with, sizes, some=True),
+        "all logits, attention in blocks": partial(denoiser_with, sizes, ours=True),
+    }
     if fast_in_bfloat16(best_device()):
-        work = partial(denoiser_with, ours=True, bfloat16=True)
-        variants.append(Variant("and bfloat16 where it is safe", work, (sizes,)))
+        variants["and bfloat16 where it is safe"] = partial(denoiser_with, sizes, ours=True, bfloat16=True)
     if shutil.which("c++"):
-        work = partial(denoiser_with, ours=True, bfloat16=True, compiled=True)
-        variants.append(Variant("the same, compiled", work, (sizes,)))
+        variants["the same, compiled"] = partial(denoiser_with, sizes, ours=True, bfloat16=True, compiled=True)
     return variants
 
 
-PARTS: dict[str, Callable[[Sizes], list[Variant]]] = {
+PARTS: dict[str, Callable[[Sizes], Variants]] = {
     "one registration training step": registration_variants,
     "ten steps of instance optimisation": instance_variants,
     "one VQ-AE training step": vqae_variants,
@@ -177,13 +129,12 @@ PARTS: dict[str, Callable[[Sizes], list[Variant]]] = {
 }
 
 
-def measure(part: str, sizes: Sizes) -> Iterator[Change]:
-    """All variants of a part, in their order."""
+def measure(part: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """All variants of a part, in their order: ``part``, ``change``, ``seconds`` and ``gib``."""
     variants = PARTS[part](sizes)
-    prepared = [partial(variant.prepare, *variant.arguments) for variant in variants]
-    seconds = seconds_in_turn(*(prepare() for prepare in prepared), repeats=sizes.repeats)
-    for variant, prepare, spent in zip(variants, prepared, seconds, strict=True):
-        yield Change(part, variant.change, spent, peak_gib(prepare))
+    seconds = seconds_in_turn(*(prepare() for prepare in variants.values()), repeats=sizes.repeats)
+    for (change, prepare), spent in zip(variants.items(), seconds, strict=True):
+        yield {"part": part, "change": change, "seconds": spent, "gib": peak_gib(prepare)}
 
 
 def main() -> None:
@@ -191,15 +142,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--json", type=Path, default=RESULTS / "bench_steps.json", help="file to write")
     chosen = parser.parse_args()
-    started, found = time.perf_counter(), []
+    started, changes = time.perf_counter(), []
     for part in PARTS:
         print(part)
-        for change in measure(part, SMALL if chosen.small else Sizes()):
-            found.append(change)
-            print(f"  {change.change:66} {change.seconds:8.3g} s {change.gib:8.3g} GiB", flush=True)
-    made_by = provenance("published sizes", 0, best_device())
-    made_by["wall_seconds"] = time.perf_counter() - started
-    write_results(chosen.json, {"changes": [change._asdict() for change in found], "provenance": made_by})
+        for found in measure(part, SMALL if chosen.small else Sizes()):
+            changes.append(found)
+            print(f"  {found['change']:66} {found['seconds']:8.3g} s {found['gib']:8.3g} GiB", flush=True)
+    made_by = provenance("published sizes", 0, best_device()) | {"wall_seconds": time.perf_counter() - started}
+    write_json(chosen.json, {"changes": changes, "provenance": made_by})
 
 
 if __name__ == "__main__":

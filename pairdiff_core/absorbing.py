@@ -1,7 +1,7 @@
 """Stages 3 and 4: absorbing (masked) discrete diffusion over tokens.
 
 Forward, every token is replaced by MASK independently with probability t; at t = 1 nothing is left. A transformer
-that never sees t learns to fill masks in, and sampling reveals an all-masked sequence bit by bit; a token once
+that never sees t learns to fill masks in, and sampling reveals an all-masked sequence step by step; a token once
 revealed never changes. Background: Austin et al., "Structured Denoising Diffusion Models in Discrete
 State-Spaces", NeurIPS 2021; Bond-Taylor et al., "Unleashing Transformers", ECCV 2022; Hoogeboom et al.,
 "Autoregressive Diffusion Models", ICLR 2022. Sequences are (N, L): the grid of tokens in row-major order.
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks.segresnet_block import ResBlock
 from torch import nn
+
+from pairdiff_core.profiles import DenoiserSettings
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 (N, L), some masked -> logits float (N, L, K)
 
@@ -25,46 +28,38 @@ class Denoiser(nn.Module):
     """A transformer encoder that predicts every token from the ones that are not masked.
 
     Learned positions, no time input. The published sizes (K = 1024, 16 x 13 x 16 tokens, 12 layers, width 512, 16
-    heads, feed-forward 1024) make 28.0 M parameters. Positions start as waves (:func:`place_code`), not as noise:
-    which tokens are neighbours is then there to be seen, and need not be found out for each place anew.
+    heads, feed-forward 1024) make 28.0 M parameters. Positions start as waves (:func:`position_code`), not as noise:
+    they show from the start which tokens are neighbours.
 
     Args:
+        settings: layers (there may be none), width, heads and feed-forward of the transformer (Vaswani et al.,
+            "Attention Is All You Need", NeurIPS 2017), normalised before each of its two blocks; and the number of
+            residual blocks of two convolutions over the grid that come before it. A transformer has to learn for each
+            position anew what neighbours mean; a convolution learns it once for all of them.
         codes: K; token K is MASK.
         grid: of the tokens of a pair; L is the product of its sizes.
-        layers, width, heads, feed_forward: of :class:`EncoderLayer`.
-        convolutions: residual blocks of two convolutions over the grid, before the transformer's layers, of which
-            there may then be none. A transformer has to find out what neighbours mean at each place anew; a
-            convolution learns it once for all places.
     """
 
-    def __init__(
-        self,
-        codes: int,
-        grid: Sequence[int],
-        layers: int,
-        width: int,
-        heads: int,
-        feed_forward: int,
-        convolutions: int = 0,
-    ) -> None:
+    def __init__(self, settings: DenoiserSettings, codes: int, grid: Sequence[int]) -> None:
         super().__init__()
+        width = settings.width
         self.codes, self.grid, self.length = codes, tuple(grid), math.prod(grid)
         self.token = nn.Embedding(codes + 1, width)
-        self.position = nn.Parameter(place_code(grid, width) / 2)
+        self.position = nn.Parameter(position_code(grid, width) / 2)
+        norm = ("group", {"num_groups": 8})
         self.convolutions = nn.Sequential(
-            *(
-                ResBlock(len(grid), width, ("group", {"num_groups": 8}), act="gelu")
-                for _ in range(convolutions)
-            )
+            *(ResBlock(len(grid), width, norm, act="gelu") for _ in range(settings.convolutions))
         )
         for block in self.convolutions:  # start as the identity
             nn.init.zeros_(block.conv2.conv.weight)
-        layer = EncoderLayer(width, heads, feed_forward)
+        layer = nn.TransformerEncoderLayer(
+            width, settings.heads, settings.feed_forward, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.blocks: nn.Module = nn.LayerNorm(width)
-        if layers:
-            self.blocks = nn.TransformerEncoder(layer, layers, norm=self.blocks, enable_nested_tensor=False)
+        if settings.layers:
+            self.blocks = nn.TransformerEncoder(layer, settings.layers, self.blocks, enable_nested_tensor=False)
         self.head = nn.Linear(width, codes, bias=False)
-        nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the places
+        nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the positions
 
     @property
     def mask_token(self) -> int:
@@ -78,45 +73,26 @@ class Denoiser(nn.Module):
         if len(self.convolutions):
             image = hidden.movedim(1, 2).unflatten(2, self.grid)  # (N, L, width) -> (N, width, *grid)
             hidden = self.convolutions(image).flatten(2).movedim(1, 2)
-        return self.head(self.blocks(hidden))
+        with no_fast_path():
+            return self.head(self.blocks(hidden))
 
 
-class EncoderLayer(nn.TransformerEncoderLayer):
-    """The layer of Vaswani et al., "Attention Is All You Need", NeurIPS 2017, normalised before each of its two blocks.
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Keep PyTorch's encoder layers from their fast path, which writes down all attention, (heads, L, L).
 
-    The weights and their names are PyTorch's. Its own ``forward`` takes another path in sampling: that one writes down
-    how much each token looks at each other, (heads, L, L). It does so under autocast, too, and, compiled, stays in
-    32 bit: it asks whether autocast is on for CUDA only (pytorch/pytorch, issue 191796).
-
-    Args:
-        width: of a token, a multiple of ``heads``.
-        heads: that look at the other tokens, each with its share of the width.
-        feed_forward: width inside the second block.
+    It does so under autocast, too, and, compiled, stays in 32 bit (pytorch/pytorch, issue 191796).
     """
-
-    def __init__(self, width: int, heads: int, feed_forward: int) -> None:
-        super().__init__(
-            width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-
-    def forward(
-        self,
-        src: torch.Tensor,
-        src_mask: None = None,
-        src_key_padding_mask: None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
-        """``src`` (N, L, width) with what all tokens of a row tell one another, same shape; no masks are taken."""
-        attention = self.self_attn
-        seen = F.linear(self.norm1(src), attention.in_proj_weight, attention.in_proj_bias)  # (N, L, 3 width)
-        query, key, value = seen.unflatten(2, (3, attention.num_heads, -1)).movedim(1, 3).unbind(1)
-        told = F.scaled_dot_product_attention(query, key, value)  # (N, heads, L, width / heads)
-        src = src + attention.out_proj(told.transpose(1, 2).flatten(2))
-        return src + self.linear2(F.gelu(self.linear1(self.norm2(src))))
+    usual = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(usual)
 
 
-def place_code(grid: Sequence[int], width: int) -> torch.Tensor:
-    """Sines and cosines of the place of each token on its grid, float (L, width), in row-major order.
+def position_code(grid: Sequence[int], width: int) -> torch.Tensor:
+    """Sines and cosines of the position of each token on its grid, float (L, width), in row-major order.
 
     Along each axis, wavelengths from four tokens to four times its longest side, in equal ratios; what the
     axes leave of ``width`` stays zero. As in Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5,
@@ -126,8 +102,8 @@ def place_code(grid: Sequence[int], width: int) -> torch.Tensor:
     frequencies = width // (2 * len(grid))
     slowest, fastest = math.pi / (2 * max(grid)), math.pi / 2  # radians per token
     rates = torch.logspace(math.log10(slowest), math.log10(fastest), frequencies)
-    places = torch.meshgrid(*[torch.arange(size) + 0.5 for size in grid], indexing="ij")
-    angles = [place.flatten()[:, None] * rates for place in places]  # (L, frequencies) each
+    positions = torch.meshgrid(*[torch.arange(size) + 0.5 for size in grid], indexing="ij")
+    angles = [position.flatten()[:, None] * rates for position in positions]  # (L, frequencies) each
     waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], 1)
     return F.pad(waves, (0, width - waves.shape[1]))
 
@@ -157,7 +133,7 @@ def reweighted_loss(predict: Predict, tokens: torch.Tensor, state: Masked, t: to
     """The published training loss: t uniform, cross-entropy on the masked tokens times (1 - t), per token, in bits.
 
     Bond-Taylor et al. 2022, eq. 9: the exact bound weighs a step by 1 / t, which is nearly all noise at small t and
-    tells little at large t; 1 - t is steadier and proportional to how much is left to see.
+    says little at large t; 1 - t is steadier and proportional to the share of the visible tokens.
 
     Args:
         predict: the denoiser, tokens (N, L) -> logits (N, L, K).
@@ -170,6 +146,24 @@ def reweighted_loss(predict: Predict, tokens: torch.Tensor, state: Masked, t: to
     """
     nats = cross_entropy(predict(state.tokens), tokens, state.masked)
     return ((1 - t) * nats).mean() / (tokens.shape[1] * math.log(2))
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, t, masked tokens, mask
+
+
+def training_batch(tokens: torch.Tensor, mask_token: int, generators: Sequence[torch.Generator]) -> Batch:
+    """Sequences (N, L), each masked with its own t, uniform from 0 to 1, by its own generator."""
+    drawn = []
+    for row, generator in zip(tokens.long()[:, None], generators, strict=True):
+        t = torch.rand(1, generator=generator)
+        drawn.append((row, t, *mask_tokens(row, t, mask_token, generator)))
+    return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
+
+
+def training_loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """What a training step minimises and logs: :func:`reweighted_loss` of a :func:`training_batch`."""
+    tokens, t, *state = batch
+    return {"loss": reweighted_loss(model, tokens, Masked(*state), t)}
 
 
 @torch.no_grad()
@@ -208,10 +202,11 @@ def draw_tokens(logits: torch.Tensor, temperature: float, generator: torch.Gener
     return drawn.reshape(logits.shape[:-1])
 
 
+# Which share of the tokens is masked, t, when a share of the steps remains.
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "even": lambda left: left,
-    "cosine": lambda left: math.sin(math.pi / 2 * left),
-}  # which share of the tokens is masked, t, when a share of the steps is left
+    "uniform": lambda remaining: remaining,
+    "cosine": lambda remaining: math.sin(math.pi / 2 * remaining),
+}
 
 
 @torch.no_grad()
@@ -222,17 +217,17 @@ def reveal(
     generator: torch.Generator,
     steps: int = 256,
     temperature: float = 1.0,
-    schedule: str = "even",
+    schedule: str = "uniform",
 ) -> Iterator[torch.Tensor]:
     """The published sampler, one step at a time: yields the tokens (N, L) after each of ``steps`` steps.
 
-    With s steps left, each token that is still masked is revealed with probability 1 / s, so that the last step
+    With s steps remaining, each token that is still masked is revealed with probability 1 / s, so that the last step
     reveals all the rest; revealed tokens are drawn from the denoiser's prediction, independently of each other.
 
     Args:
-        tokens: int64 (N, L) to start from: all MASK for new samples, or partly known, which is then completed.
-        schedule: "even" as published, or "cosine" (Chang et al., "MaskGIT", CVPR 2022), which reveals few tokens while
-            little is known and each of them decides much, and more of them later.
+        tokens: int64 (N, L) to start from: all MASK, or partly known.
+        schedule: "uniform" as published, or "cosine" (Chang et al., "MaskGIT", CVPR 2022), which reveals few tokens
+            while little is known and each of them decides much, and more of them later.
 
     Raises:
         ValueError: for another schedule, and for a temperature that is not above 0.
@@ -242,9 +237,9 @@ def reveal(
     tokens, masked = tokens.clone(), SCHEDULES[schedule]
     for left in range(steps, 0, -1):
         chance = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        share = 1 - masked((left - 1) / steps) / masked(left / steps)  # 1 / left, if it is even
+        share = 1 - masked((left - 1) / steps) / masked(left / steps)  # 1 / left, if it is uniform
         now = (tokens == mask_token) & (chance < share)
-        if now.any():  # a pass that reveals nothing would change nothing
+        if now.any():  # a step that reveals nothing changes nothing
             tokens[now] = draw_tokens(predict(tokens)[now], temperature, generator)
         yield tokens.clone()
 
@@ -257,7 +252,7 @@ def sample(
     generator: torch.Generator,
     steps: int = 256,
     temperature: float = 1.0,
-    schedule: str = "even",
+    schedule: str = "uniform",
 ) -> torch.Tensor:
     """``number`` new token sequences int64 (number, L), revealed from all MASK by :func:`reveal`."""
     masked = torch.full((number, length), mask_token, device=generator.device)

@@ -32,9 +32,7 @@ def _voxels(spatial: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 def _sample(image: torch.Tensor, places: torch.Tensor, mode: str, padding: str) -> torch.Tensor:
     """Values of ``image`` (N, C, *spatial), as (N, C, *any), at places (N, D, *any): -1 and 1 are its outer edges."""
-    grid = places.flip(1).movedim(
-        1, -1
-    )  # (N, D, *any) -> (N, *any, D); grid_sample wants the last axis first
+    grid = places.flip(1).movedim(1, -1)  # (N, D, *any) -> (N, *any, D); grid_sample wants the last axis first
     return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=False)
 
 
@@ -75,9 +73,7 @@ def warp_at(image: torch.Tensor, displacement: torch.Tensor, voxels: torch.Tenso
     number, dims = displacement.shape[:2]
     shape = (dims, len(voxels), *[1] * (dims - 1))
     centres = ((2 * voxels.T + 1).reshape(shape) / _voxels(image.shape[2:], image) - 1).expand(number, *shape)
-    here = _sample(displacement, centres, "bilinear", "border") * (
-        2 / _voxels(displacement.shape[2:], displacement)
-    )
+    here = _sample(displacement, centres, "bilinear", "border") * (2 / _voxels(displacement.shape[2:], displacement))
     return _sample(image, centres + here, "bilinear", "border").flatten(2)  # (N, C, K, 1, ...) -> (N, C, K)
 
 
@@ -135,27 +131,18 @@ def resize_field(displacement: torch.Tensor, spatial: Sequence[int]) -> torch.Te
     old, new = tuple(displacement.shape[2:]), tuple(spatial)
     if old == new:
         return displacement
-    scaled = displacement * (
-        _voxels(new, displacement) / _voxels(old, displacement)
-    )  # on the old grid, mostly smaller
+    scaled = displacement * (_voxels(new, displacement) / _voxels(old, displacement))  # on the old grid, mostly smaller
     return F.interpolate(scaled, size=new, mode=LINEAR[len(old)], align_corners=False)
 
 
 def resize_points(points: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> torch.Tensor:
     """Voxel coordinates (..., D) on a grid of size ``old``, as those of a grid of size ``new``."""
-    ratio = torch.tensor(
-        [n / o for n, o in zip(new, old, strict=True)], dtype=points.dtype, device=points.device
-    )
+    ratio = torch.tensor([n / o for n, o in zip(new, old, strict=True)], dtype=points.dtype, device=points.device)
     return (points + 0.5) * ratio - 0.5
 
 
 def random_velocity(
-    number: int,
-    spatial: Sequence[int],
-    *,
-    amplitude: float,
-    smoothness: float,
-    generator: torch.Generator,
+    number: int, spatial: Sequence[int], *, amplitude: float, smoothness: float, generator: torch.Generator
 ) -> torch.Tensor:
     """Smooth random velocity fields, float (number, D, *spatial), in voxels.
 
@@ -168,9 +155,7 @@ def random_velocity(
     if dims == 2:
         field = F.interpolate(noise, size=tuple(spatial), mode="bicubic", align_corners=False)
     else:  # torch has no tricubic interpolation
-        field = F.interpolate(
-            smooth(noise, times=1), size=tuple(spatial), mode=LINEAR[dims], align_corners=False
-        )
+        field = F.interpolate(smooth(noise, times=1), size=tuple(spatial), mode=LINEAR[dims], align_corners=False)
     return field * (amplitude / field.std().clamp_min(1e-12))
 
 
@@ -180,9 +165,7 @@ def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
     Central differences inside, one-sided ones at the border. A value <= 0 means that the map folds there.
     """
     dims = displacement.shape[1]
-    rows = torch.stack(
-        torch.gradient(displacement, dim=list(range(2, 2 + dims))), dim=-1
-    )  # (N, D, *s, D): du_d/dx_e
+    rows = torch.stack(torch.gradient(displacement, dim=list(range(2, 2 + dims))), dim=-1)  # (N, D, *s, D): du_d/dx_e
     jacobian = rows.movedim(1, -2) + torch.eye(dims, device=displacement.device, dtype=displacement.dtype)
     return torch.linalg.det(jacobian)  # (N, *s, D, D) -> (N, *s)
 

@@ -13,11 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from pairdiff_core import fields
+from pairdiff_core.errors import DataError
 from pairdiff_core.fields import LINEAR
-
-
-class DataError(ValueError):
-    """The data is not what it should be; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +62,7 @@ class PairSet:
         if self.displacement is not None:
             expected = (len(self), self.spatial_dims, *self.spatial)
             if tuple(self.displacement.shape) != expected:
-                raise DataError(
-                    f"displacement must have shape {expected}, got {tuple(self.displacement.shape)}"
-                )
+                raise DataError(f"displacement must have shape {expected}, got {tuple(self.displacement.shape)}")
         if self.landmarks is not None:
             if len(self.landmarks) != len(self):
                 raise DataError(f"{len(self.landmarks)} sets of landmarks for {len(self)} pairs")
@@ -143,12 +138,8 @@ class PairSet:
         return replace(
             self,
             labels=flat.unflatten(0, (len(self), 2)),  # (2N, *new) -> (N, 2, *new)
-            spacing=tuple(
-                mm * old / new for mm, old, new in zip(self.spacing, self.spatial, spatial, strict=True)
-            ),
-            displacement=None
-            if self.displacement is None
-            else fields.resize_field(self.displacement, spatial),
+            spacing=tuple(mm * old / new for mm, old, new in zip(self.spacing, self.spatial, spatial, strict=True)),
+            displacement=None if self.displacement is None else fields.resize_field(self.displacement, spatial),
             landmarks=None
             if self.landmarks is None
             else tuple(fields.resize_points(points, self.spatial, spatial) for points in self.landmarks),
@@ -167,9 +158,7 @@ class PairSet:
             DataError: if ``factor`` does not divide the grid.
         """
         if factor < 1 or any(size % factor for size in self.spatial):
-            raise DataError(
-                f"a grid of {self.spatial} voxels cannot be pooled by {factor}: it must divide each axis"
-            )
+            raise DataError(f"a grid of {self.spatial} voxels cannot be pooled by {factor}: it must divide each axis")
         if factor == 1:
             return self
         labels, displacement = self.labels, self.displacement

@@ -1,15 +1,21 @@
-"""Every number that makes a run small or large, in one place.
+"""Every setting that makes a run small or large, in one place.
 
 Three profiles: ``quick`` runs each chapter within a minute on two cores, ``laptop`` gives a real result on a CPU,
-``paper`` has the published sizes. The published 3D value stands beside each number that differs from it; there is
+``paper`` has the published sizes. The published 3D value stands beside each setting that differs from it; there is
 no published 2D network, so the 2D sizes are this book's own.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+STAGES = ("vqae", "tokens", "denoiser", "synthesis", "registration")  # in the order in which they run
 
 
 @dataclass(frozen=True)
@@ -20,18 +26,18 @@ class Augmentation:
     common: float  # voxels, standard deviation of a smooth velocity common to both images
     own: float  # voxels, the same for each image alone
     smoothness: float  # voxels between the nodes of those velocities
-    coarser: int | None = None  # warps are put together on a grid so many times coarser, which is faster
+    coarser: int = 1  # warps are composed on a grid this many times coarser, which is faster
 
 
 class Patches(NamedTuple):
-    """Pieces of volumes to train on."""
+    """Patches of volumes to train on."""
 
     size: tuple[int, ...]  # voxels a side (published: 128)
-    cuts: int  # batches of pieces from each warped batch
+    cuts: int  # batches of patches from each warped batch
 
 
 @dataclass(frozen=True)
-class VQAEProfile:
+class VQAESettings:
     """Stage 1, the paired VQ autoencoder."""
 
     channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
@@ -42,11 +48,11 @@ class VQAEProfile:
     batch: int
     learning_rate: float  # published: 5e-4
     augmentation: Augmentation
-    patches: Patches | None = None  # whole images without
+    patches: Patches | None = None  # None: whole images
 
 
 @dataclass(frozen=True)
-class DiffusionProfile:
+class DenoiserSettings:
     """Stage 3, the denoiser of masked tokens."""
 
     layers: int  # published: 12
@@ -58,18 +64,17 @@ class DiffusionProfile:
     batch: int
     learning_rate: float  # published: 1e-4
     average: float  # decay of the moving average of the weights, a step
-    convolutions: int | None = None  # residual blocks before the transformer's layers (published: none)
+    convolutions: int = 0  # residual blocks before the transformer's layers (published: none)
 
 
 @dataclass(frozen=True)
-class SynthesisProfile:
-    """Stage 4, new pairs."""
+class SynthesisSettings:
+    """Stage 4, synthetic pairs."""
 
     pairs: int  # published: 256
-    steps: int  # network passes (published: 256)
+    steps: int  # sampling steps, one evaluation of the network each (published: 256)
     temperature: float  # published: 0.9
-    keep: float | None = None  # share of a real pair's places in a completed one (published: makes none)
-    schedule: str | None = None  # of the passes, even or cosine (published: even)
+    schedule: str = "uniform"  # which share of the tokens each step reveals, uniform or cosine (published: uniform)
 
 
 class Level(NamedTuple):
@@ -82,42 +87,55 @@ class Level(NamedTuple):
     bending: float = 0.0  # weight of the bending energy of the displacement (published: 0)
 
 
-@dataclass(frozen=True)
-class RegistrationProfile:
-    """Stage 5, registration: the network, its training, and the optimisers without training."""
+class UNetStep(NamedTuple):
+    """One step of the registration network."""
 
-    channels: tuple[int, ...]  # published: 8 16 32 64 64 64
-    scale: int  # the network sees images this many times coarser (published: 2)
+    scale: int  # its U-Net sees images averaged over this many voxels a side (published: 2)
+    channels: tuple[int, ...]  # of MONAI's BasicUNet (published: 8 16 32 64 64 64)
+
+
+@dataclass(frozen=True)
+class RegistrationSettings:
+    """Stage 5, registration: the network, its training, and the optimiser without training."""
+
+    unets: tuple[UNetStep, ...]  # the steps of the network, the outermost first (published: two alike)
+    control: int  # its velocities live on a grid this many times coarser than the images (published: 2)
     squarings: int  # published: 12
     smoothness: float  # weight of the squared gradient (published: 0.5)
     steps: int
     batch: int
     learning_rate: float
-    instance: tuple[Level, ...]  # of a network's answer, coarse to fine (published: one level of 50 steps)
+    instance: tuple[Level, ...]  # of the network's answer, coarse to fine (published: one level of 50 steps)
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
-    control: int | None = None  # velocities of the network on a grid this many times coarser still
-    scales: int | None = None  # training compares images at so many scales, each half the last (published: 1)
-    repeats: int | None = None  # of the second U-Net when pairs are registered (published: 1, as in training)
-    merge: bool | None = None  # instance optimisation is of one velocity, from theirs merged or from nothing
-    augmentation: Augmentation | None = None  # where its pairs are warped; else the autoencoder's
-    coarser: int | None = None  # the first of its U-Nets sees images this many times coarser, and is wider
+    scales: int = 1  # training compares images at this many scales, each half the last (published: 1)
+    repeats: int = 1  # of the last step when pairs are registered (published: 1, as in training)
+    merge: bool = False  # instance optimisation is of one velocity, from the network's merged or from zero
+    augmentation: Augmentation | None = None  # where its pairs are warped; None: the autoencoder's
+
+
+# What the trained weights do not depend on: it may differ from what a network was trained with.
+AFTER_TRAINING = ("copies", "instance", "baseline", "repeats", "merge")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """All numbers of one run."""
+    """All settings of one run."""
 
     name: str
     spatial: tuple[int, ...]  # voxels of the common grid
     num_labels: int  # C, background included
-    max_pairs: int  # at most so many pairs of each split are loaded
-    phantom_subjects: int  # training subjects of the phantom; tests use a quarter as many more
-    vqae: VQAEProfile
-    diffusion: DiffusionProfile
-    synthesis: SynthesisProfile
-    registration: RegistrationProfile
-    mixed_precision: tuple[str, ...] = ()  # stages that are safe in bfloat16; see Run.precision
-    compiled: tuple[str, ...] = ()  # stages that go through torch.compile, named likewise
+    max_pairs: int  # at most this many pairs of each split are loaded
+    phantom_subjects: int  # training subjects of the phantom; its validation split has a quarter of that
+    vqae: VQAESettings
+    denoiser: DenoiserSettings
+    synthesis: SynthesisSettings
+    registration: RegistrationSettings
+    mixed_precision: tuple[str, ...] = ()  # stages that are safe in bfloat16
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 for slices, 3 for volumes."""
+        return len(self.spatial)
 
 
 _QUICK_2D = Profile(
@@ -126,7 +144,7 @@ _QUICK_2D = Profile(
     num_labels=5,
     max_pairs=400,
     phantom_subjects=16,
-    vqae=VQAEProfile(
+    vqae=VQAESettings(
         channels=(24, 48, 96),
         strides=(2, 2, 2),
         codes=512,
@@ -136,21 +154,13 @@ _QUICK_2D = Profile(
         learning_rate=4e-3,
         augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12),
     ),
-    diffusion=DiffusionProfile(
-        layers=2,
-        width=96,
-        heads=4,
-        feed_forward=192,
-        copies=4,
-        steps=1500,
-        batch=4,
-        learning_rate=2e-3,
-        average=0.99,
+    denoiser=DenoiserSettings(
+        layers=2, width=96, heads=4, feed_forward=192, copies=4, steps=1500, batch=4, learning_rate=2e-3, average=0.99
     ),
-    synthesis=SynthesisProfile(pairs=128, steps=60, temperature=0.9),
-    registration=RegistrationProfile(
-        channels=(8, 16, 32, 32, 32, 16),
-        scale=2,
+    synthesis=SynthesisSettings(pairs=128, steps=60, temperature=0.9),
+    registration=RegistrationSettings(
+        unets=2 * (UNetStep(2, (8, 16, 32, 32, 32, 16)),),
+        control=2,
         squarings=5,
         smoothness=0.25,
         steps=120,
@@ -169,7 +179,7 @@ _LAPTOP_2D = Profile(
     num_labels=5,
     max_pairs=2000,
     phantom_subjects=32,
-    vqae=VQAEProfile(
+    vqae=VQAESettings(
         channels=(16, 32, 32, 64, 64, 128),
         strides=(1, 2, 1, 2, 1, 2),
         codes=512,
@@ -179,7 +189,7 @@ _LAPTOP_2D = Profile(
         learning_rate=2e-3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24),
     ),
-    diffusion=DiffusionProfile(
+    denoiser=DenoiserSettings(
         layers=4,
         width=128,
         heads=4,
@@ -190,14 +200,14 @@ _LAPTOP_2D = Profile(
         learning_rate=2e-3,
         average=0.999,
     ),
-    # About as many as the real ones. In 64 of an earlier model the baseline displaced voxels by 4.99 on average after
-    # even passes at 0.9, by 5.21 after these, in real training pairs by 5.70; areas and bits per token came nearer to
-    # those of real pairs, too. Networks trained on either did alike on training pairs: Dice 0.813. See chapter 4.
-    synthesis=SynthesisProfile(pairs=1024, steps=128, temperature=0.8, schedule="cosine"),
+    # About as many as the real pairs. In 64 pairs of an earlier model the baseline displaced voxels by 4.99 on average
+    # after uniform steps at 0.9, by 5.21 after these, in real training pairs by 5.70; areas and bits per token came
+    # nearer to those of real pairs, too. Networks trained on either reached the same Dice on training pairs, 0.813.
+    synthesis=SynthesisSettings(pairs=1024, steps=128, temperature=0.8, schedule="cosine"),
     mixed_precision=("synthesis",),  # twice as fast; bits per token change in the fourth digit
-    registration=RegistrationProfile(
-        channels=(8, 16, 32, 64, 64, 64),
-        scale=2,
+    registration=RegistrationSettings(
+        unets=2 * (UNetStep(2, (8, 16, 32, 64, 64, 64)),),
+        control=2,
         squarings=6,
         smoothness=0.25,
         steps=800,
@@ -214,7 +224,7 @@ _PAPER_2D = Profile(
     num_labels=25,
     max_pairs=4000,
     phantom_subjects=64,
-    vqae=VQAEProfile(
+    vqae=VQAESettings(
         channels=(48, 48, 64, 64, 128, 192, 256, 384),
         strides=(1, 2, 1, 2, 1, 2, 1, 1),  # eight times down: a slice has far fewer voxels than a volume
         codes=1024,
@@ -224,7 +234,7 @@ _PAPER_2D = Profile(
         learning_rate=5e-4,
         augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24),
     ),
-    diffusion=DiffusionProfile(
+    denoiser=DenoiserSettings(
         layers=12,
         width=512,
         heads=16,
@@ -235,10 +245,10 @@ _PAPER_2D = Profile(
         learning_rate=1e-4,
         average=0.999,
     ),
-    synthesis=SynthesisProfile(pairs=256, steps=256, temperature=0.9),
-    registration=RegistrationProfile(
-        channels=(8, 16, 32, 64, 64, 64),
-        scale=2,
+    synthesis=SynthesisSettings(pairs=256, steps=256, temperature=0.9),
+    registration=RegistrationSettings(
+        unets=2 * (UNetStep(2, (8, 16, 32, 64, 64, 64)),),
+        control=2,
         squarings=7,
         smoothness=0.25,
         steps=20_000,
@@ -261,18 +271,19 @@ _QUICK_3D = Profile(
     num_labels=2,
     max_pairs=40,
     phantom_subjects=12,
-    vqae=VQAEProfile(
-        channels=(32, 64, 64),
+    vqae=VQAESettings(
+        channels=(16, 32, 64),
         strides=(2, 2, 1),
         codes=256,
         fade_in=0,
-        steps=1500,  # after a fifth of that, both images still come out as their average
+        steps=1000,  # after a tenth of that, both images still come out as their average
         batch=2,
         learning_rate=4e-3,
-        augmentation=Augmentation(affine=0.05, common=1.0, own=1.0, smoothness=12, coarser=2),
-        patches=Patches((32, 24, 32), cuts=8),
+        # own warps make the two images differ, so that their average costs more: it is left sooner than with 1.0
+        augmentation=Augmentation(affine=0.05, common=1.0, own=1.5, smoothness=12, coarser=4),
+        patches=Patches((32, 24, 32), cuts=16),
     ),
-    diffusion=DiffusionProfile(
+    denoiser=DenoiserSettings(
         layers=0,
         width=64,
         heads=4,
@@ -284,10 +295,10 @@ _QUICK_3D = Profile(
         average=0.95,
         convolutions=3,
     ),
-    synthesis=SynthesisProfile(pairs=12, steps=32, temperature=0.9, keep=0.6),
-    registration=RegistrationProfile(
-        channels=(8, 16, 32, 32, 32, 8),
-        scale=2,
+    synthesis=SynthesisSettings(pairs=12, steps=32, temperature=0.9),
+    registration=RegistrationSettings(
+        unets=2 * (UNetStep(2, (8, 16, 32, 32, 32, 8)),),
+        control=4,
         squarings=5,
         smoothness=0.05,
         steps=60,
@@ -295,7 +306,6 @@ _QUICK_3D = Profile(
         learning_rate=4e-3,
         instance=(Level(scale=1, control=4, steps=20, learning_rate=0.2),),
         baseline=(Level(2, 2, 20, 0.3), Level(1, 2, 20, 0.2), Level(1, 4, 20, 0.2)),
-        control=2,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )
@@ -306,9 +316,9 @@ _LAPTOP_3D = Profile(
     num_labels=2,
     max_pairs=97,
     phantom_subjects=10,
-    vqae=VQAEProfile(
+    vqae=VQAESettings(
         channels=(16, 32, 64, 64),
-        strides=(2, 2, (1, 1, 2), 1),  # places of 8 x 8 x 16 mm, long where breathing moves things
+        strides=(2, 2, (1, 1, 2), 1),  # tokens of 8 x 8 x 16 mm, long where breathing moves things
         codes=1024,
         fade_in=0,
         steps=4000,
@@ -317,7 +327,7 @@ _LAPTOP_3D = Profile(
         augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24, coarser=4),
         patches=Patches((64, 48, 64), cuts=8),
     ),
-    diffusion=DiffusionProfile(
+    denoiser=DenoiserSettings(
         layers=0,
         width=64,
         heads=4,
@@ -329,12 +339,12 @@ _LAPTOP_3D = Profile(
         average=0.99,
         convolutions=4,
     ),
-    # Bits per token of 16 new pairs of lungs under the denoiser itself, each to about 0.03: 3.20 by 256 even passes,
-    # 3.39 by 32 of those; 3.27 by 32 and 3.19 by 48 on a cosine schedule.
-    synthesis=SynthesisProfile(pairs=128, steps=48, temperature=0.9, keep=0.6, schedule="cosine"),
-    registration=RegistrationProfile(
-        channels=(8, 16, 32, 64, 64, 16),
-        scale=2,
+    # Bits per token of 16 synthetic pairs of lungs under the denoiser itself, each to about 0.03: 3.20 by 256 uniform
+    # steps, 3.39 by 32 of those; 3.27 by 32 and 3.19 by 48 on a cosine schedule.
+    synthesis=SynthesisSettings(pairs=128, steps=48, temperature=0.9, schedule="cosine"),
+    registration=RegistrationSettings(
+        unets=(UNetStep(4, (16, 32, 64, 128, 128, 32)), UNetStep(2, (8, 16, 32, 64, 64, 16))),
+        control=4,
         squarings=5,
         smoothness=0.05,
         steps=1000,
@@ -343,11 +353,9 @@ _LAPTOP_3D = Profile(
         instance=_HALVED_LUNG_LEVELS,
         merge=True,
         baseline=_HALVED_LUNG_LEVELS,
-        control=2,
         scales=4,
         repeats=3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=4.0, smoothness=24, coarser=4),
-        coarser=2,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )
@@ -366,8 +374,8 @@ _PAPER_3D = Profile(
         augmentation=Augmentation(affine=0.05, common=0.0, own=0.0, smoothness=24),
         patches=Patches((128, 128, 128), cuts=4),
     ),
-    diffusion=_PAPER_2D.diffusion,
-    synthesis=replace(_PAPER_2D.synthesis, keep=0.6),
+    denoiser=_PAPER_2D.denoiser,
+    synthesis=replace(_PAPER_2D.synthesis),
     registration=replace(
         _PAPER_2D.registration,
         squarings=12,
@@ -389,7 +397,7 @@ def get_profile(name: str | None = None, spatial_dims: int = 2) -> Profile:
     """The profile of that name for slices or volumes; without one, what ``PAIRDIFF_PROFILE`` names, else ``quick``.
 
     Raises:
-        ValueError: for a name that there is not; the message lists those there are.
+        ValueError: for an unknown name; the message lists the profiles.
     """
     profiles = PROFILES[spatial_dims]
     source = "the name" if name else "PAIRDIFF_PROFILE"
@@ -397,3 +405,35 @@ def get_profile(name: str | None = None, spatial_dims: int = 2) -> Profile:
     if name not in profiles:
         raise ValueError(f"{source} is {name!r}, but the profiles are {', '.join(profiles)}")
     return profiles[name]
+
+
+def with_levels(profile: Profile, levels: int | None = None, steps: int | None = None) -> Profile:
+    """The profile with only the first ``levels`` of its optimisers, and ``steps`` at each; None changes nothing."""
+    changed = {}
+    for name in ("baseline", "instance"):
+        kept = getattr(profile.registration, name)[:levels]
+        changed[name] = kept if steps is None else tuple(level._replace(steps=steps) for level in kept)
+    return replace(profile, registration=replace(profile.registration, **changed))
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """Settings as JSON holds them: dataclasses as dictionaries, tuples as lists."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def trained_settings(settings: Any) -> dict[str, Any]:
+    """:func:`to_json` of the settings of a stage without those that trained weights do not depend on."""
+    return {name: value for name, value in to_json(settings).items() if name not in AFTER_TRAINING}
+
+
+def profile_from_json(content: Mapping[str, Any]) -> Profile:
+    """The profile that :func:`to_json` described.
+
+    Raises:
+        ValueError: if it is not the description of a profile of this version; the message names what is wrong.
+    """
+    try:
+        return TypeAdapter(Profile).validate_python(content)
+    except ValidationError as error:
+        wrong = (".".join(map(str, each["loc"])) for each in error.errors())
+        raise ValueError(f"missing or wrong: {', '.join(wrong)}") from error

@@ -8,7 +8,7 @@ Representation Learning", NeurIPS 2017; the paired form is Heinrich, "Unleashing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,15 +17,15 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import AutoEncoder
 from torch import nn
 
-from pairdiff_core import processes
+from pairdiff_core.metrics import codebook_statistics
 from pairdiff_core.pairs import one_hot
-from pairdiff_core.slabs import decode_in_slabs
+from pairdiff_core.profiles import VQAESettings
+from pairdiff_core.training.distributed import gather
 
-LARGE, SLAB = (
-    2**29,
-    2**25,
-)  # numbers in the finest activations from which on, and in pieces of which, to decode
 FOREGROUND_WEIGHT = 2.5  # of every label but the background (1) in the cross-entropy, as published
+COMMITMENT_WEIGHT = 0.1  # of the commitment in the loss, as published
+VOXELS_AT_ONCE = 2**22  # of all images that are encoded or decoded together
+LARGE, TILE = 2**29, 2**25  # numbers in the finest activations from which on decoding is tiled, and in a tile
 
 
 class Quantised(NamedTuple):
@@ -41,55 +41,51 @@ class Codebook(nn.Module):
 
     Each code is the running mean of the latents assigned to it (van den Oord et al. 2017, appendix A.1; Razavi et
     al. 2019). A code that is used less than ``revive_below`` times as often as the average code is put on a latent of
-    the batch at hand (random restarts: Dhariwal et al. 2020, "Jukebox"). That latent is drawn with a chance that
+    the current batch (random restarts: Dhariwal et al. 2020, "Jukebox"). That latent is drawn with a chance that
     grows with its squared distance from the codes (k-means++, Arthur & Vassilvitskii 2007), not uniformly: most
     positions of an image are plain background, which one code serves. The first training batch places all codes.
-    MONAI's ``EMAQuantizer`` has no revival: its unused codes stay dead. Of several processes that train together, each
+    MONAI's ``EMAQuantizer`` has no revival: its unused codes stay dead. When several processes train together, each
     follows the latents of all, so that all have the same codes.
 
     Over the first ``fade_in`` training batches the decoder sees less and less of the encoder's own output and more and
-    more of the codes. Thrown in at the deep end, it first learns what most tokens share, and a *paired* autoencoder can
-    stay there: it encodes the average of both images, twice.
+    more of the codes. With the codes alone from the start it first learns what most tokens share, and a *paired*
+    autoencoder can stay there: it encodes the average of both images, twice.
 
     Args:
         codes: K, the number of codes.
         channels: C, of the latent.
-        fade_in: training batches until the codes alone count; 0 for from the start.
+        fade_in: training batches until only the codes count; 0 for from the start.
         decay: of the running means, per batch.
         revive_below: share of the average use under which a code is dead.
     """
 
     def __init__(
-        self,
-        codes: int,
-        channels: int,
-        fade_in: int = 0,
-        decay: float = 0.97,
-        revive_below: float = 0.05,
+        self, codes: int, channels: int, fade_in: int = 0, decay: float = 0.97, revive_below: float = 0.05
     ) -> None:
         super().__init__()
         self.fade_in, self.decay, self.revive_below = fade_in, decay, revive_below
+        self.placed = False  # asked of the device only until it is so
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # seen in training
         self.register_buffer("vectors", torch.zeros(codes, channels))
-        self.register_buffer(
-            "counts", torch.zeros(codes)
-        )  # running number of latents per code; 0 = never placed
+        self.register_buffer("counts", torch.zeros(codes))  # running number of latents per code
         self.register_buffer("sums", torch.zeros_like(self.vectors))  # running sum of the latents per code
 
     def forward(self, latent: torch.Tensor) -> Quantised:
         """Replace each latent vector (N, C, *grid) by its nearest code; in training mode, follow the latents."""
         flat = latent.detach().movedim(1, -1).flatten(0, -2).float()  # (N * positions, C)
-        if self.training and not self.counts.any():
-            everything, latents = torch.ones_like(self.counts, dtype=torch.bool), processes.gather(flat)
-            self._place(everything, latents, (latents - latents.mean(0)).square().sum(1))
+        self.placed = self.placed or bool(self.counts.any())
+        if self.training and not self.placed:
+            latents = gather(flat)
+            everywhere = torch.ones_like(self.counts, dtype=torch.bool)
+            self._place(everywhere, latents, (latents - latents.mean(0)).square().sum(1))
         distance, nearest = torch.cdist(flat, self.vectors).min(1)
         tokens = nearest.reshape(latent.shape[0], *latent.shape[2:])
         chosen = self.look_up(tokens)
         share = 1.0
         if self.training:
-            self._follow(*(processes.gather(each) for each in (flat, nearest, distance.square())))
+            self._follow(gather(flat), gather(nearest), gather(distance.square()))
             self.batches += 1
-            share = min(1.0, int(self.batches) / max(1, self.fade_in))
+            share = (self.batches / max(1, self.fade_in)).clamp(max=1)
         # The straight-through estimator: the code forward, the encoder's gradient backward.
         return Quantised(latent + share * (chosen - latent).detach(), tokens, F.mse_loss(latent, chosen))
 
@@ -99,24 +95,23 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _follow(self, flat: torch.Tensor, nearest: torch.Tensor, squared_distance: torch.Tensor) -> None:
-        counts = torch.bincount(nearest, minlength=len(self.counts)).to(flat)
+        counts = torch.zeros_like(self.counts).index_add_(0, nearest, torch.ones_like(squared_distance))
         sums = torch.zeros_like(self.sums).index_add_(0, nearest, flat)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self.vectors.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
         dead = self.counts < self.revive_below * len(flat) / len(self.counts)
-        if dead.any():
-            self._place(dead, flat, squared_distance)
+        self._place(dead, flat, squared_distance)
 
     @torch.no_grad()
-    def _place(self, where: torch.Tensor, flat: torch.Tensor, squared_distance: torch.Tensor) -> None:
-        drawn = torch.multinomial(squared_distance + 1e-6, int(where.sum()), replacement=True)
-        average = len(flat) / len(
-            self.counts
-        )  # a newcomer counts as an average code, to live until latents find it
-        self.vectors[where] = flat[drawn]
-        self.counts[where] = average
-        self.sums[where] = flat[drawn] * average
+    def _place(self, dead: torch.Tensor, flat: torch.Tensor, squared_distance: torch.Tensor) -> None:
+        """Put the codes that are ``dead`` (K,) on latents; drawing for all of them spares a GPU from waiting."""
+        chances = squared_distance.nan_to_num(0, 0).clamp(max=1e12) + 1e-6  # if it diverges, the loss shows it
+        drawn = flat[torch.multinomial(chances, len(dead), replacement=True)]
+        average = len(flat) / len(dead)  # a new code counts as an average one, to live until latents find it
+        self.vectors.copy_(torch.where(dead[:, None], drawn, self.vectors))
+        self.counts.copy_(torch.where(dead, average, self.counts))
+        self.sums.copy_(torch.where(dead[:, None], drawn * average, self.sums))
 
 
 class Reconstruction(NamedTuple):
@@ -134,30 +129,20 @@ class PairedVQAE(nn.Module):
     output holds 2 C logits. For vessels (C = 2) these are the published 2 and 4.
 
     Args:
+        settings: channels and strides of the encoder, which the decoder mirrors; K; fade-in. A stride may be one
+            number for each axis.
         spatial_dims: 2 or 3.
         num_labels: C, background included.
-        channels, strides: of the encoder, as ``AutoEncoder`` takes them; the decoder mirrors them. A stride may be one
-            number for each axis.
-        codes: K, the size of the codebook.
-        fade_in: see :class:`Codebook`.
     """
 
-    def __init__(
-        self,
-        spatial_dims: int,
-        num_labels: int,
-        channels: Sequence[int],
-        strides: Sequence[int | Sequence[int]],
-        codes: int,
-        fade_in: int = 0,
-    ) -> None:
+    def __init__(self, settings: VQAESettings, spatial_dims: int, num_labels: int) -> None:
         super().__init__()
         self.num_labels = num_labels
+        channels, strides = settings.channels, settings.strides
         per_axis = [[stride] * spatial_dims if isinstance(stride, int) else stride for stride in strides]
-        # voxels per token along each axis
-        self.reduction = tuple(map(math.prod, zip(*per_axis, strict=True)))
+        self.reduction = tuple(map(math.prod, zip(*per_axis, strict=True)))  # voxels per token along each axis
         self.network = AutoEncoder(spatial_dims, 2 * (num_labels - 1), 2 * num_labels, channels, strides)
-        self.codebook = Codebook(codes, channels[-1], fade_in)
+        self.codebook = Codebook(settings.codes, channels[-1], settings.fade_in)
 
     def forward(self, labels: torch.Tensor) -> Reconstruction:
         """Reconstruct pairs of label maps, uint8 (N, 2, *spatial)."""
@@ -171,9 +156,7 @@ class PairedVQAE(nn.Module):
             ValueError: if a side is no multiple of the reduction along its axis.
         """
         if any(size % factor for size, factor in zip(spatial, self.reduction, strict=True)):
-            raise ValueError(
-                f"the sides of the grid must be multiples of {self.reduction}, got {tuple(spatial)}"
-            )
+            raise ValueError(f"the sides of the grid must be multiples of {self.reduction}, got {tuple(spatial)}")
         return tuple(size // factor for size, factor in zip(spatial, self.reduction, strict=True))
 
     def to_maps(self, labels: torch.Tensor) -> torch.Tensor:
@@ -195,61 +178,145 @@ class PairedVQAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Most likely label maps uint8 (N, 2, *spatial) of tokens int (N, *grid); large volumes go slab by slab."""
+        """Most likely label maps uint8 (N, 2, *spatial) of tokens int (N, *grid); large volumes tile by tile."""
         decoder, latent = self.network.decode, self.codebook.look_up(tokens)
         spatial = [size * factor for size, factor in zip(tokens.shape[1:], self.reduction, strict=True)]
         row = len(tokens) * self.network.channels[0] * math.prod(spatial[1:])
         if row * spatial[0] <= LARGE:
             return most_likely(decoder(latent))
-        return decode_in_slabs(decoder, latent, max(1, SLAB // row), most_likely)
+        return decode_in_tiles(decoder, latent, max(1, TILE // row), most_likely)
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
     """Label maps uint8 (N, 2, *spatial) of a decoder's logits (N, 2C, *spatial).
 
-    Cross-entropy with weights is lowest for a softmax that overstates each label by its weight: here that is taken
-    back, or structures would come out too large.
+    Cross-entropy with weights is lowest for a softmax that overstates each label by its weight. This is taken back
+    here, or structures would come out too large.
     """
     logits = logits.unflatten(1, (2, -1)).clone()  # (N, 2C, *s) -> (N, 2, C, *s)
     logits[:, :, 0] += math.log(FOREGROUND_WEIGHT)
     return logits.argmax(2).to(torch.uint8)
 
 
-class VQAELoss(nn.Module):
-    """Cross-entropy and soft Dice of both images, plus the commitment of the encoder to its codes.
+def reconstruction_loss(output: Reconstruction, labels: torch.Tensor) -> torch.Tensor:
+    """Weighted cross-entropy and soft Dice of both images, plus the commitment of the encoder to its codes; scalar.
 
     Args:
-        num_labels: C, background included.
-        commitment_weight: of the commitment term (published: 0.1).
+        output: of :class:`PairedVQAE`.
+        labels: uint8 (N, 2, *spatial), the pairs that it was given.
     """
+    weight = torch.full((output.logits.shape[2],), FOREGROUND_WEIGHT, device=labels.device)
+    weight[0] = 1.0
+    image = DiceCELoss(to_onehot_y=True, softmax=True, weight=weight, include_background=True, batch=True)
+    # Dice and the weighted mean are of a whole batch: with several processes, of the batches of all.
+    logits = gather(output.logits).flatten(0, 1)  # (N, 2, C, *s) -> (2N, C, *s)
+    target = gather(labels).flatten(0, 1)[:, None]  # (N, 2, *s) -> (2N, 1, *s)
+    return image(logits, target) + COMMITMENT_WEIGHT * output.commitment
 
-    def __init__(self, num_labels: int, commitment_weight: float = 0.1) -> None:
-        super().__init__()
-        weight = torch.full((num_labels,), FOREGROUND_WEIGHT)
-        weight[0] = 1.0
-        self.commitment_weight = commitment_weight
-        self.image = DiceCELoss(
-            to_onehot_y=True, softmax=True, weight=weight, include_background=True, batch=True
-        )
 
-    def forward(self, output: Reconstruction, labels: torch.Tensor) -> torch.Tensor:
-        # Dice and the weighted mean are of a whole batch: with several processes, of the batches of all.
-        logits = processes.gather(output.logits).flatten(0, 1)  # (N, 2, C, *s) -> (2N, C, *s)
-        target = processes.gather(labels).flatten(0, 1)[:, None]  # (N, 2, *s) -> (2N, 1, *s)
-        return self.image(logits, target) + self.commitment_weight * output.commitment
+def training_loss(model: nn.Module, labels: torch.Tensor, codes: int) -> dict[str, torch.Tensor]:
+    """What a training step minimises and logs, scalars: the loss, the commitment and the health of the codebook.
+
+    Args:
+        model: a :class:`PairedVQAE`, or what wraps it.
+        labels: uint8 (N, 2, *spatial).
+        codes: K.
+    """
+    output = model(labels)
+    return {
+        "loss": reconstruction_loss(output, labels),
+        "commitment": output.commitment,
+        **codebook_statistics(gather(output.tokens), codes),
+    }
+
+
+def pairs_at_once(spatial: Sequence[int]) -> int:
+    """How many pairs of this size are encoded or decoded together, so that memory does not grow with their number."""
+    return max(1, VOXELS_AT_ONCE // (2 * math.prod(spatial)))
 
 
 @torch.no_grad()
-def encode_pairs(model: PairedVQAE, labels: torch.Tensor, batch: int = 16) -> torch.Tensor:
+def encode_pairs(model: PairedVQAE, labels: torch.Tensor) -> torch.Tensor:
     """Tokens int16 (N, *grid), on the CPU, of any number of pairs of label maps uint8 (N, 2, *spatial)."""
     device = model.codebook.vectors.device
     model.eval()
-    return torch.cat([model.encode(part.to(device)).cpu() for part in labels.split(batch)]).to(torch.int16)
+    parts = labels.split(pairs_at_once(labels.shape[2:]))
+    return torch.cat([model.encode(part.to(device)).cpu() for part in parts]).to(torch.int16)
 
 
 @torch.no_grad()
-def decode_labels(model: PairedVQAE, tokens: torch.Tensor, batch: int = 16) -> torch.Tensor:
+def decode_labels(model: PairedVQAE, tokens: torch.Tensor) -> torch.Tensor:
     """Label maps uint8 (N, 2, *spatial), on the CPU, of any number of tokens int (N, *grid)."""
     device = model.codebook.vectors.device
     model.eval()
-    return torch.cat([model.decode(part.to(device).long()).cpu() for part in tokens.split(batch)])
+    spatial = [size * factor for size, factor in zip(tokens.shape[1:], model.reduction, strict=True)]
+    parts = tokens.split(pairs_at_once(spatial))
+    return torch.cat([model.decode(part.to(device).long()).cpu() for part in parts])
+
+
+# Tiled decoding: at full size, the activations of a decoder's last layers would take most of the memory. A convolution
+# needs its neighbours, which a tile brings along as a margin. Instance normalisation needs mean and variance of the
+# whole image: a first pass over the tiles adds them up, a second one uses them.
+
+
+def decode_in_tiles(
+    decoder: nn.Sequential, latent: torch.Tensor, rows: int, finish: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``finish(decoder(latent))``, the last two layers computed for ``rows`` rows of the result at a time.
+
+    The result is that of the whole but for rounding: mean and variance are added up in 64 bit.
+
+    Args:
+        decoder: ``decode`` of MONAI's ``AutoEncoder`` without residual units: transposed convolutions of kernel 3, all
+            but the last followed by instance normalisation and an activation.
+        latent: float (N, C, *grid).
+        rows: along the first axis.
+        finish: from a tile of the output (N, C, rows, ...) to what is kept of it, (..., rows, ...); the first axis
+            stays where it is, counted from the end.
+    """
+    *first, before, last = (layer.conv for layer in decoder)
+    for layer in first:
+        latent = layer(latent)
+    inner = latent.shape[2] * before.conv.stride[0]
+    outer = inner * last.conv.stride[0]
+    mean, deviation = _moments(before, latent, list(_chunks(inner, rows)))
+    tiles = []
+    for start, stop in _chunks(outer, rows):
+        low, high = _needed(last.conv, start, stop, inner)
+        activations = before.adn.A((_rows(before.conv, latent, low, high) - mean) / deviation)
+        skipped = low * last.conv.stride[0]
+        tiles.append(finish(last(activations)[:, :, start - skipped : stop - skipped]))
+    return torch.cat(tiles, 2 - latent.dim())
+
+
+def _chunks(length: int, rows: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + rows, length)) for start in range(0, length, rows))
+
+
+def _needed(convolution: nn.Module, start: int, stop: int, length: int) -> tuple[int, int]:
+    """Which of the ``length`` rows of its input rows ``start`` to ``stop`` of a transposed convolution depend on."""
+    stride = convolution.stride[0]
+    return max(0, start // stride - 1), min(length, -(-stop // stride) + 1)
+
+
+def _rows(convolution: nn.Module, image: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` of ``convolution(image)``, at the cost of these alone."""
+    low, high = _needed(convolution, start, stop, image.shape[2])
+    skipped = low * convolution.stride[0]
+    return convolution(image[:, :, low:high])[:, :, start - skipped : stop - skipped]
+
+
+def _moments(
+    layer: nn.Module, latent: torch.Tensor, chunks: list[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (N, C, 1, ...) that the layer's instance normalisation has for the whole image."""
+    total = square = number = 0
+    axes = tuple(range(2, latent.dim()))
+    for start, stop in chunks:
+        rows = _rows(layer.conv, latent, start, stop).double()
+        total = total + rows.sum(axes, keepdim=True)
+        square = square + rows.square().sum(axes, keepdim=True)
+        number += rows[0, 0].numel()
+    mean = total / number
+    deviation = (square / number - mean.square() + layer.adn.N.eps).sqrt()
+    return mean.to(latent.dtype), deviation.to(latent.dtype)

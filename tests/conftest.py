@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from pairdiff_core.data import lung250m, phantom
+from pairdiff_core.data import lung_frame, phantom_brains
 from pairdiff_core.data.oasis import find_oasis
-from pairdiff_core.pairs import DataError
+from pairdiff_core.errors import DataError
 
 SUBJECTS = 5
 SLICES = ("S00", "S02")
 
 
-def write_slice(
-    path: Path, values: np.ndarray, spacing: tuple[float, float, float] = (2.0, 2.0, 1.0)
-) -> None:
+def write_slice(path: Path, values: np.ndarray, spacing: tuple[float, float, float] = (2.0, 2.0, 1.0)) -> None:
     """One slice (H, W) as the data set stores it: (H, W, 1), in any number type that NIfTI has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(values[:, :, None], np.eye(4))
@@ -39,11 +37,11 @@ def write_oasis_folder(folder: Path, subjects: int = SUBJECTS, slices: tuple[str
     Slice ``s`` of a subject is a phantom of its own; names are BRAIN_01_S00 and so on.
     """
     folder.mkdir(parents=True)
-    write_table(folder / "seg4_labels.txt", phantom.TISSUES)
-    write_table(folder / "seg24_labels.txt", phantom.STRUCTURES)
+    write_table(folder / "seg4_labels.txt", phantom_brains.TISSUES)
+    write_table(folder / "seg24_labels.txt", phantom_brains.STRUCTURES)
     names = [f"BRAIN_{subject + 1:02d}_{where}" for subject in range(subjects) for where in slices]
-    people = phantom.brain_subjects(len(names), spatial=(80, 96), num_labels=25, seed=7)
-    tissue = torch.tensor(phantom.TISSUE_OF_STRUCTURE, dtype=torch.uint8)
+    people = phantom_brains.brain_subjects(len(names), spatial=(80, 96), num_labels=25, seed=7)
+    tissue = torch.tensor(phantom_brains.TISSUE_OF_STRUCTURE, dtype=torch.uint8)
     for name, labels in zip(names, people.labels.flip(1), strict=True):
         write_slice(folder / name / "slice_seg24.nii.gz", labels.numpy())
         write_slice(folder / name / "slice_seg4.nii.gz", tissue[labels.long()].numpy())
@@ -90,8 +88,8 @@ def write_vessels(path: Path, values: np.ndarray, affine: np.ndarray | None = No
 def write_lung_folder(folder: Path) -> Path:
     """Two crossing vessels, labelled 1 and 2, in each of three training, three validation and one test case.
 
-    The moving image is the fixed one, shifted by two voxels along axis 2. Landmarks: the crossing in all test cases,
-    and twenty points around it in the training case 036. Case 114 has a header of another orientation.
+    The moving image is the fixed one, shifted by two voxels along axis 2. Landmarks: the crossing in all held-out
+    cases, and twenty points around it in the training case 036. Case 114 has a header of another orientation.
     """
     generator = torch.Generator().manual_seed(0)
     fixed, moving = [], []
@@ -106,7 +104,7 @@ def write_lung_folder(folder: Path) -> Path:
             write_vessels(folder / name / f"{case}_2.nii.gz", np.roll(values, 2, axis=2), affine)
             crossing = torch.from_numpy(middle).float()
             if name == "dilated_vessels_ts":
-                framed = crossing + torch.tensor(lung250m.frame_offset(shape))
+                framed = crossing + torch.tensor(lung_frame.frame_offset(shape))
                 fixed.append(framed[None])
                 moving.append(framed[None] + torch.tensor([0.0, 0.0, 2.0]))
             elif case == "case_036":
@@ -135,3 +133,33 @@ def no_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the environment variables of the project away for one test."""
     for variable in ("PAIRDIFF_OASIS2D", "PAIRDIFF_DATA", "PAIRDIFF_PROFILE"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """The small run after all its stages, and what they made: (Run, StageResults). Not to be changed."""
+    from small_run import small_run  # here: most test files need nothing of the pipeline
+
+    from pairdiff_core import pipeline
+
+    run = small_run(tmp_path_factory.mktemp("trained"))
+    return run, pipeline.run_stages(run)
+
+
+@pytest.fixture(scope="session")
+def measured(trained: tuple) -> dict:
+    """What was measured of that run."""
+    from pairdiff_core import pipeline
+
+    return pipeline.measure(*trained)
+
+
+@pytest.fixture(scope="session")
+def trained_3d(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """The small run on phantom lungs with one registration network, "synthetic": (Run, Trained). Not to be changed."""
+    from small_run import small_run_3d
+
+    from pairdiff_core import pipeline
+
+    run = small_run_3d(tmp_path_factory.mktemp("trained_3d"))
+    return run, pipeline.train_registration(run, run.train, "synthetic")

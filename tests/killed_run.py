@@ -15,58 +15,49 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from pairdiff_core import run_folder
-from pairdiff_core.checkpoints import load_checkpoint
-from pairdiff_core.pipeline import STAGES
-from pairdiff_core.runs import fingerprint, open_run
+from pairdiff_core.pipeline import open_run
+from pairdiff_core.profiles import STAGES
+from pairdiff_core.storage import fingerprint, load_checkpoint, write_json
 
-# What two runs of the same bits do not share: when, how fast and by which process something was made.
-TIMES = {"seconds", "seconds_per_pair", "provenance", "stages"}
+CHECKPOINTS = ("vqae", "tokens", "denoiser", "synthesis", "registration-real")  # one of each stage
+DIFFERENT = {"provenance", "stages", "date"}  # of two runs of the same bits, like all seconds
 
 
-def repeat(calm: Path, killed: Path, data: Path | None, kills: int, seed: int) -> dict:
-    """Run CALM's commands in KILLED until all is done, with as many ``kill -9``; tells the moments and the seconds."""
+def repeat(calm: Path, killed: Path, data: Path | None, kills: int, seed: int) -> dict[str, Any]:
+    """Run CALM's commands in KILLED until all is done, killing them that often; returns the kills and the seconds."""
     run, log = open_run(calm), killed.parent / f"{killed.name}.kills.json"
-    made, measured = run.stages(), json.loads((calm / "metrics.json").read_text())
+    measured = json.loads((calm / "metrics.json").read_text())
     if log.exists():
-        told = json.loads(log.read_text())
-    else:
-        # This time the machine may be faster, and all moments have to come.
+        record = json.loads(log.read_text())
+    else:  # this time the machine may be faster, and all moments have to come
         whole, draw = 0.6 * measured["provenance"]["wall_seconds"], random.Random(seed)
-        moments = sorted(draw.uniform(0, whole) for _ in range(kills))
-        told = {"moments": moments, "kills": [], "worked_seconds": 0.0}
-    checkpoints = dict(
-        zip(STAGES, ("vqae", "tokens", "denoiser", "synthesis", "registration-real"), strict=True)
-    )
-    for stage in (*STAGES, "evaluate"):
-        by = measured["provenance"] if stage == "evaluate" else made[checkpoints[stage]]
+        record = {"moments": sorted(draw.uniform(0, whole) for _ in range(kills)), "kills": [], "worked_seconds": 0.0}
+    made_by = dict(zip(STAGES, (measured["stages"][name] for name in CHECKPOINTS), strict=True))
+    for stage, by in (made_by | {"all": measured["provenance"]}).items():
         command = [sys.executable, "-m", "pairdiff_core", "run", stage, "--dataset", run.dataset, "--run", str(killed),
                    "--profile", run.profile.name, "--seed", str(run.seed)]  # fmt: skip
         command += ["--data", str(data)] if data else []
-        while not _ended(command, {**os.environ, "OMP_NUM_THREADS": str(by["threads"])}, told, stage, log):
+        while not _ended(command, {**os.environ, "OMP_NUM_THREADS": str(by["threads"])}, record, stage, log):
             pass
-    return told
+    return record
 
 
-def _ended(command: list[str], environment: dict[str, str], told: dict, stage: str, log: Path) -> bool:
+def _ended(command: list[str], environment: dict[str, str], record: dict[str, Any], stage: str, log: Path) -> bool:
     """Start the command; kill it when the next moment has come. Whether it ended by itself, and well."""
-    process, before, started = (
-        subprocess.Popen(command, env=environment),
-        told["worked_seconds"],
-        time.monotonic(),
-    )
+    process = subprocess.Popen(command, env=environment)
+    before, started = record["worked_seconds"], time.monotonic()
     try:
         while process.poll() is None:
             time.sleep(0.2)
-            told["worked_seconds"] = before + time.monotonic() - started
-            run_folder.write_json(log, told)
-            if told["moments"] and told["worked_seconds"] >= told["moments"][0]:
-                moment = told["moments"].pop(0)
+            record["worked_seconds"] = before + time.monotonic() - started
+            due = record["moments"] and record["worked_seconds"] >= record["moments"][0]
+            if due:
                 process.kill()
-                process.wait()
-                told["kills"].append({"stage": stage, "second": round(moment)})
-                run_folder.write_json(log, told)
+                record["kills"].append({"stage": stage, "second": round(record["moments"].pop(0))})
+            write_json(log, record)
+            if due:
                 return False
     finally:
         process.kill()
@@ -77,28 +68,24 @@ def _ended(command: list[str], environment: dict[str, str], told: dict, stage: s
 
 
 def compare(calm: Path, killed: Path) -> dict[str, bool]:
-    """Of each checkpoint whether its tensors have the same bits, and whether ``metrics.json`` says the same."""
-    same = {
-        path.stem: fingerprint(*load_checkpoint(path)[0].values())
-        == fingerprint(*load_checkpoint(killed / path.name)[0].values())
-        for path in sorted(calm.glob("*.safetensors"))
-    }
-    measured = [
-        _without_times(json.loads((folder / "metrics.json").read_text())) for folder in (calm, killed)
-    ]
+    """For each checkpoint whether its tensors have the same bits, and whether ``metrics.json`` says the same."""
+    same = {}
+    for path in sorted(calm.glob("*.safetensors")):
+        bits = [fingerprint(*load_checkpoint(folder / path.name)[0].values()) for folder in (calm, killed)]
+        same[path.stem] = bits[0] == bits[1]
+    measured = [_comparable(json.loads((folder / "metrics.json").read_text())) for folder in (calm, killed)]
     return same | {"metrics.json": measured[0] == measured[1]}
 
 
-def _without_times(value):
+def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_times(item) for key, item in value.items() if key not in TIMES}
-    return [_without_times(item) for item in value] if isinstance(value, list) else value
+        kept = {key for key in value if key not in DIFFERENT and "seconds" not in key}
+        return {key: _comparable(value[key]) for key in kept}
+    return [_comparable(item) for item in value] if isinstance(value, list) else value
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calm", type=Path, help="a finished run with its metrics.json")
     parser.add_argument("killed", type=Path, help="folder of the repetition")
     parser.add_argument("--data", type=Path, help="folder of the real data")
@@ -106,16 +93,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     chosen = parser.parse_args()
-    told = repeat(chosen.calm, chosen.killed, chosen.data, chosen.kills, chosen.seed)
+    record = repeat(chosen.calm, chosen.killed, chosen.data, chosen.kills, chosen.seed)
     result = {
-        "kills": told["kills"],
-        "worked_seconds": round(told["worked_seconds"]),
+        "kills": record["kills"],
+        "worked_seconds": round(record["worked_seconds"]),
         "same": compare(chosen.calm, chosen.killed),
         "provenance": json.loads((chosen.killed / "metrics.json").read_text())["provenance"],
     }
     print(json.dumps(result, indent=1))
     if chosen.json:
-        run_folder.write_json(chosen.json, result)
+        write_json(chosen.json, result)
     sys.exit(not all(result["same"].values()))
 
 

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
-from pairdiff_core.profiles import Augmentation, Level, Patches, get_profile
-from pairdiff_core.runs import Run
+from pairdiff_core.pipeline import Run
+from pairdiff_core.profiles import Augmentation, Level, Patches, UNetStep, get_profile
+
+UNETS = 2 * (UNetStep(2, (4, 4, 4, 4, 4, 4)),)
 
 
-def small_run(folder, seed=0, **changes):
+def small_run(folder, seed=0, saving=None, **changes):
     """A phantom run at 48 x 80 with a few steps everywhere; ``changes`` replace parts of its profile."""
     quick = get_profile("quick")
     profile = replace(
@@ -23,25 +25,24 @@ def small_run(folder, seed=0, **changes):
             steps=12,
             augmentation=Augmentation(affine=0.05, common=0.5, own=0.5, smoothness=8),
         ),
-        diffusion=replace(
-            quick.diffusion, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=10, batch=8
-        ),
+        denoiser=replace(quick.denoiser, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=10, batch=8),
         synthesis=replace(quick.synthesis, pairs=8, steps=6),
         registration=replace(
             quick.registration,
-            channels=(4, 4, 4, 4, 4, 4),
-            steps=20,
+            unets=UNETS,
+            steps=8,
             batch=4,
             learning_rate=2e-2,
             instance=(Level(scale=2, control=1, steps=3, learning_rate=0.1),),
             baseline=(Level(scale=2, control=1, steps=5, learning_rate=0.2),),
         ),
     )
-    return Run("phantom2d", replace(profile, **changes), seed=seed, folder=folder)
+    run = Run("phantom2d", replace(profile, **changes), seed=seed, folder=folder)
+    return replace(run, saving=saving) if saving else run
 
 
 def small_run_3d(folder, seed=0):
-    """The same on phantom lungs at the quick size, the autoencoder on pieces of them."""
+    """The same on phantom lungs at the quick size, the autoencoder on patches of them."""
     quick = get_profile("quick", 3)
     profile = replace(
         quick,
@@ -56,20 +57,13 @@ def small_run_3d(folder, seed=0):
             steps=6,
             patches=Patches((32, 32, 32), cuts=3),
         ),
-        diffusion=replace(
-            quick.diffusion,
-            layers=1,
-            width=16,
-            heads=2,
-            feed_forward=16,
-            copies=2,
-            steps=4,
-            convolutions=1,
+        denoiser=replace(
+            quick.denoiser, layers=1, width=16, heads=2, feed_forward=16, copies=2, steps=4, convolutions=1
         ),
         synthesis=replace(quick.synthesis, pairs=4, steps=4),
         registration=replace(
             quick.registration,
-            channels=(4, 4, 4, 4, 4, 4),
+            unets=UNETS,
             steps=4,
             learning_rate=2e-2,
             instance=(Level(scale=2, control=2, steps=3, learning_rate=0.1, bending=0.1),),

@@ -1,19 +1,29 @@
-"""The benchmarks: the published side is what it was described as, and the figures are what they say. No timings."""
+"""The benchmarks: both sides do the same work, and the numbers are what they say. No timings."""
 
 import json
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from small_run import small_run, small_run_3d
+from small_run import small_run
 
 from benchmarks import __main__ as command
-from benchmarks import codebook, measure, published, quality, rows, steps
+from benchmarks import codebook, measure, on_gpu, published, quality, rows, steps
+from pairdiff_core import absorbing, fields, pipeline, registration, vqae
+from pairdiff_core.profiles import Level, Patches, get_profile
+from pairdiff_core.training import best_device, fast_in_bfloat16
+
+TINY = rows.SMALL._replace(spatial=(64, 32, 32))
 
 
 def parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ------------------------------------------------------------------------------------- the published procedure
 
 
 def test_the_published_networks_have_their_sizes():
@@ -24,32 +34,152 @@ def test_the_published_networks_have_their_sizes():
     assert tuple(grid) == published.TOKENS
 
 
-def test_the_published_sampler_reveals_everything_and_keeps_to_what_is_certain():
-    certain = torch.arange(12) % 4
+class Translation(torch.nn.Module):
+    """The least that can be optimised: one displacement for all voxels, and its inverse."""
 
-    def predict(tokens):
-        return 50.0 * torch.nn.functional.one_hot(certain, 4).float()[None]
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(1, 3, 1, 1, 1))
 
-    torch.manual_seed(0)
-    assert torch.equal(published.sample(predict, 12, mask=4, steps=5)[0], certain)
+    def forward(self, fixed, moving):
+        there = self.shift.expand(1, 3, *fixed.shape[2:])
+        return there, -there
 
 
-def test_the_published_registration_moves_towards_the_fixed_image():
-    torch.manual_seed(0)
-    fixed, moving = torch.zeros(2, 1, 1, 64, 32, 32)
-    fixed[..., 20:40, 10:20, 10:20], moving[..., 24:44, 10:20, 10:20] = 1, 1
-    network = published.Registration()
-    before = float(published.registration_loss(network, fixed, moving).detach())
-    published.optimise_instance(network, fixed, moving, steps=4)
-    assert float(published.registration_loss(network, fixed, moving).detach()) < before
+def test_the_published_instance_optimisation_moves_towards_the_fixed_image():
+    fixed, moving = torch.zeros(2, 1, 1, 24, 16, 16)
+    fixed[..., 8:16, 4:12, 4:12], moving[..., 10:18, 4:12, 4:12] = 1, 1
+    found = published.optimise_instance(Translation(), fixed, moving, steps=60)[0, :, 0, 0, 0].detach()
+    assert 0.6 < 12 * found[2] < 2 and found[:2].abs().max() < 0.01, "towards two voxels along the first axis"
+
+
+def test_the_published_training_step_starts_near_the_identity():
+    fixed, moving = rows.pair_of_maps(TINY)
+    loss = rows.published_registration_step(TINY)()
+    assert loss == pytest.approx(2 * float((fixed - moving).abs().mean()), rel=0.1)
+
+
+def bump(*spatial):
+    """A smooth displacement (1, 3, *spatial) in voxels, other along each axis and zero at the border."""
+    axes = [torch.linspace(0, torch.pi, size).sin() for size in spatial]
+    height = axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None]
+    return torch.tensor([3.0, -2.0, 1.0]).reshape(1, 3, 1, 1, 1) * height
+
+
+def in_units_of_grid_sample(displacement):
+    """As the published side has it: x first, and two units from edge to edge."""
+    voxels = torch.tensor(displacement.shape[2:]).reshape(1, 3, 1, 1, 1)
+    return (2 * displacement / voxels).flip(1)
 
 
 def test_the_published_exponential_of_minus_v_is_the_inverse():
-    axis = torch.linspace(0, 3.14, 24).sin()
-    bump = axis[:, None, None] * axis[None, :, None] * axis[None, None]
-    velocity = 0.2 * bump.expand(1, 3, 24, 24, 24)
+    velocity = in_units_of_grid_sample(bump(24, 24, 24))
     forth, back = published.exponentiate(velocity), published.exponentiate(-velocity)
     assert (forth + published.warp(back, forth)).abs().max() < 0.1 * forth.abs().max()
+
+
+# ------------------------------------------------------------------------------------ both sides do the same work
+
+
+def test_both_autoencoders_give_the_same_for_the_same_weights():
+    torch.manual_seed(0)
+    theirs, ours = published.Autoencoder().eval(), pipeline.new_vqae(rows.PAPER).eval()
+    ours.network.load_state_dict(theirs.network.state_dict())
+    ours.codebook.vectors.copy_(theirs.codebook.vectors.detach())
+    labels = rows.pair_of_labels((32, 32, 32))
+    with torch.no_grad():
+        output, (latent, tokens, _) = ours(labels), theirs.codebook(theirs.network.encode(labels.float()))
+        loss = vqae.reconstruction_loss(output, labels) - vqae.COMMITMENT_WEIGHT * output.commitment
+        logits = theirs.network.decode(latent).unflatten(1, (2, 2))
+        image = theirs.image(logits.flatten(0, 1), labels.flatten(0, 1)[:, None])
+    assert torch.equal(output.tokens, tokens)
+    torch.testing.assert_close(output.logits, logits)
+    torch.testing.assert_close(loss, image)
+
+
+def test_the_timed_training_step_is_that_of_our_autoencoder():
+    """Its codebook starts on the latents, so the first loss is that without a codebook; the published one's is not."""
+    torch.manual_seed(0)
+    plain, labels = published.Autoencoder(), rows.pair_of_labels((32, 32, 32))
+    logits = plain.network(labels.float()).unflatten(1, (2, 2)).flatten(0, 1)
+    expected = float(plain.image(logits, labels.flatten(0, 1)[:, None]).detach())
+    assert rows.vqae_step(True, rows.SMALL)() == pytest.approx(expected, rel=1e-4)
+    assert rows.vqae_step(False, rows.SMALL)() > 1.01 * expected
+
+
+def test_both_denoisers_give_the_same_logits_for_the_same_weights():
+    ours, theirs = (rows.new_denoiser(side, TINY) for side in (True, False))
+    tokens = torch.randint(published.CODES + 1, (2, 18))
+    assert isinstance(ours, absorbing.Denoiser) and isinstance(theirs, published.Denoiser)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda predict: published.sample(predict, 12, mask=4, steps=5),
+        lambda predict: absorbing.sample(predict, 1, 12, 4, torch.Generator().manual_seed(0), steps=5),
+    ],
+    ids=["published", "ours"],
+)
+def test_both_samplers_reveal_everything_and_keep_to_what_is_certain(sample):
+    certain = torch.arange(12) % 4
+    assert torch.equal(sample(lambda tokens: 50.0 * torch.nn.functional.one_hot(certain, 4).float()[None])[0], certain)
+
+
+@pytest.mark.parametrize("amount", [0.0, 1.0], ids=["identity", "displaced"])
+def test_both_registration_losses_are_the_same_but_for_a_factor(amount):
+    """The published one adds up both directions, ours is their mean, with half the weight of the squared gradient."""
+    fixed, moving = rows.pair_of_maps(TINY)
+    displacement = amount * bump(*TINY.spatial)
+    both = in_units_of_grid_sample(displacement), in_units_of_grid_sample(-displacement)
+    theirs = published.registration_loss(lambda *_: both, fixed, moving)
+    deformation = registration.Deformation(displacement, -displacement)
+    ours = registration.registration_loss(deformation, fixed, moving, smoothness=0.25)
+    torch.testing.assert_close(2 * ours.total, theirs)
+    torch.testing.assert_close(published.warp(moving, both[0]), fields.warp(moving, displacement))
+
+
+def test_all_variants_of_our_registration_step_start_from_the_identity():
+    prepared = [*steps.registration_variants(TINY).values()][1:4]
+    prepared.append([*steps.registration_variants(rows.SMALL).values()][4])  # its U-Nets need more voxels
+    for prepare, sizes in zip(prepared, (TINY, TINY, TINY, rows.SMALL), strict=True):
+        fixed, moving = (registration.pool(image, 2) for image in rows.pair_of_maps(sizes))
+        assert prepare()() == pytest.approx(float((fixed - moving).abs().mean()), rel=1e-5)
+
+
+def test_all_variants_of_instance_optimisation_align_the_pair():
+    fixed, moving = rows.pair_of_maps(TINY)
+    for change, prepare in steps.instance_variants(TINY, steps=5).items():
+        found = registration.integrate(prepare()(), 5).resized(TINY.spatial)
+        assert (found.warp(moving) - fixed).abs().mean() < 0.85 * (moving - fixed).abs().mean(), change
+
+
+def test_comparing_voxels_near_vessels_alone_finds_the_same():
+    level = Level(1, 4, 3, 0.2)
+    everywhere, near = (steps.optimisation(rows.SMALL, level, only_near)()[0] for only_near in (False, True))
+    torch.testing.assert_close(near, everywhere, atol=0.05, rtol=0)
+    assert everywhere.abs().max() > 0.3
+
+
+def test_all_variants_of_the_published_autoencoder_have_the_same_loss():
+    losses = [prepare()() for prepare in steps.vqae_variants(TINY).values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=2e-3)
+    assert len(losses) == (4 if fast_in_bfloat16(best_device()) else 2)
+
+
+def test_all_variants_of_the_denoiser_give_the_same_logits():
+    variants = steps.denoiser_variants(TINY)
+    variants.pop("the same, compiled", None)  # compiling takes longer than all other tests of this file
+    expected = variants.pop("published")()()
+    for change, prepare in variants.items():
+        logits, wanted = prepare()().float(), expected[:, ::48] if "only where" in change else expected
+        assert logits.shape == wanted.shape
+        assert (logits - wanted).norm() < (0.01 if "bfloat16" in change else 1e-5) * wanted.norm(), change
+
+
+# ------------------------------------------------------------------------------------------ rows and commands
 
 
 @pytest.mark.parametrize(
@@ -63,8 +193,7 @@ def test_the_published_exponential_of_minus_v_is_the_inverse():
     ],
 )
 def test_a_row_says_whether_its_target_is_reached(row, ratio, reached):
-    assert row.ratio == ratio and row.reached is reached
-    assert {"name", "unit", "ours", "published", "ratio", "target", "reached"} <= row.described().keys()
+    assert row.described()["ratio"] == ratio and row.described()["reached"] is reached
 
 
 def test_both_sides_are_timed_in_turn():
@@ -78,82 +207,79 @@ def test_both_sides_are_timed_in_turn():
     assert calls == ["a", "b"] * 3 and theirs >= 0.05 > ours
 
 
-def allocate(mebibytes):
-    return lambda: torch.ones(mebibytes * 2**18).sum()
-
-
 def test_peak_memory_is_that_of_the_work():
-    assert measure.peak_gib(allocate, 512) == pytest.approx(0.5, abs=0.05)
+    assert measure.peak_gib(partial, torch.ones, 2**26) == pytest.approx(0.25, abs=0.03)
 
 
 def test_work_that_fails_is_not_waited_for():
     with pytest.raises(EOFError):
-        measure.peak_gib(rows.decoding, True, ())
+        measure.peak_gib(partial, torch.ones, -1)
+
+
+def run_command(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, arguments)])
+    main()
+    return json.loads(arguments[-1].read_text())
 
 
 def test_the_command_prints_and_writes_its_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "peak_gib", lambda *_: 0.5)  # in another process: seen above
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["benchmarks", "--small", "--json", str(tmp_path / "b.json"), "decode", "denoiser", "sampling"],
-    )
-    command.main()
-    written = json.loads((tmp_path / "b.json").read_text())
-    assert [row["name"].split(":")[0] for row in written["rows"]] == ["decode of a full pair"] * 2 + [
-        "one denoiser pass"
-    ] * 3 + ["sampling a pair, 48 passes instead of 256"]
-    assert written["provenance"]["wall_seconds"] > 0
-    alike, off = written["rows"][1], written["rows"][3]
-    assert alike["ours"] == 100 and 0 < off["ours"] < 1
-    assert "of 6 reached" in capsys.readouterr().out
+    monkeypatch.setattr(vqae, "LARGE", 0)  # tokens as few as these are decoded in tiles, too
+    monkeypatch.setattr(vqae, "TILE", 2**20)
+    parts = ("autoencoder", "decode", "denoiser", "sampling")
+    written = run_command(monkeypatch, command.main, "--small", *parts, "--json", tmp_path / "b.json")
+    found = {row["name"]: row["ours"] for row in written["rows"]}
+    assert list(found) == [
+        "one VQ-AE training step, a 64^3 patch",
+        "the loss of the first 4 steps: largest difference",
+        "decode of a full pair: peak memory",
+        "decode of a full pair: voxels alike",
+        "one denoiser pass",
+        "one denoiser pass: relative error",
+        "one denoiser pass: peak memory",
+        "sampling a pair, 48 steps instead of 256",
+    ]
+    assert found["decode of a full pair: voxels alike"] == 100
+    assert 0 < found["one denoiser pass: relative error"] < 1
+    loss = found["the loss of the first 4 steps: largest difference"]
+    assert loss < 2 and (loss > 0) is fast_in_bfloat16(best_device()), "else both are in 32 bit"
+    assert written["provenance"]["wall_seconds"] > 0 and "of 8 reached" in capsys.readouterr().out
+
+
+def test_the_measured_rows_are_those_that_the_book_shows(tmp_path, monkeypatch):
+    written = run_command(monkeypatch, command.main, *rows.MEASURED, "--json", tmp_path / "b.json")
+    shown = {row["name"]: row for row in rows.read("bench")["rows"]}
+    for row in written["rows"]:
+        assert (
+            row["ours"] == pytest.approx(shown[row["name"]]["ours"]) and row["reached"] is shown[row["name"]]["reached"]
+        )
 
 
 def test_what_was_not_measured_yet_is_left_out_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--json", str(tmp_path / "b.json"), *rows.MEASURED])
-    command.main()
-    told = capsys.readouterr().out
-    assert all(f"{name}: left out" in told for name in rows.MEASURED) and "sampling.json" in told
-    assert json.loads((tmp_path / "b.json").read_text())["rows"] == []
+    written = run_command(monkeypatch, command.main, *rows.MEASURED, "--json", tmp_path / "b.json")
+    printed = capsys.readouterr().out
+    assert all(f"{name}: left out" in printed for name in rows.MEASURED) and "sampling.json" in printed
+    assert written["rows"] == []
 
 
-def test_the_same_loss_is_seen_in_both_precisions():
-    time_row, loss_row = rows.autoencoder(rows.SMALL)
-    assert time_row.ours > 0 and loss_row.ours < 5
-    assert (loss_row.ours > 0) is rows.fast_in_bfloat16(rows.best_device()), "else both are in 32 bit"
+# --------------------------------------------------------------------------------------------- finished runs
 
 
-@pytest.mark.parametrize("part", steps.PARTS)
-def test_every_variant_does_the_same_work(part, monkeypatch):
-    monkeypatch.setattr(steps, "peak_gib", lambda *_: 0.0)  # in another process: seen above
-    monkeypatch.setattr(
-        steps, "seconds_in_turn", lambda *works, repeats: [float(work() is not None) for work in works]
-    )  # once is enough
-    changes = list(steps.measure(part, rows.SMALL))
-    assert [change.change for change in changes] == [
-        variant.change for variant in steps.PARTS[part](rows.SMALL)
-    ]
-    assert all(change.seconds > 0 for change in changes)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run whose autoencoder is trained on patches, as in 3D."""
+    small = small_run(tmp_path_factory.mktemp("runs") / "run")
+    patches = replace(small.profile.vqae, patches=Patches((24, 40), cuts=2))
+    return replace(small, profile=replace(small.profile, vqae=patches))
 
 
-def test_looking_near_vessels_alone_finds_the_same_and_is_switched_back():
-    usual = rows.registration.LARGE
-    everywhere, near = (
-        steps.optimisation(rows.SMALL, steps.Level(1, 4, 3, 0.2), near_only)() for near_only in (False, True)
-    )
-    assert usual == rows.registration.LARGE
-    torch.testing.assert_close(near[0], everywhere[0], atol=0.05, rtol=0)
-
-
-def test_both_kinds_of_codebook_are_trained_alike(tmp_path):
-    run = small_run(tmp_path / "run")
+def test_both_kinds_of_codebook_are_trained_alike(run):
     measured = codebook.measure(run)
     assert measured["ours"].keys() == measured["published"].keys()
     assert all(0 < measured[side]["codes_used"] <= 1 for side in ("ours", "published"))
-    assert measured == codebook.measure(run) | {"provenance": measured["provenance"]}, (
-        "loaded, not trained again"
-    )
+    again = codebook.measure(run)
+    assert measured == again | {"provenance": measured["provenance"]}, "loaded, not trained again"
 
 
 def test_the_plain_codebook_learns_by_its_gradient():
@@ -167,9 +293,44 @@ def test_the_plain_codebook_learns_by_its_gradient():
     assert latent.grad.abs().sum() > 0
 
 
-def test_both_samplers_are_judged_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "PASSES", 4)
-    measured = quality.measure(small_run_3d(tmp_path / "run"), number=3)
+def test_both_samplers_are_judged_alike(run):
+    measured = quality.measure(run, number=4, steps=5)
     assert measured["ours"].keys() == measured["published"].keys()
-    assert measured["passes"] == {"ours": 4, "published": 4}
+    assert measured["steps"] == {"ours": 6, "published": 5} and measured["provenance"]["pairs"] == 4
     assert all(measured[side]["bits per token under a second model"] > 0 for side in ("ours", "published"))
+
+
+# ------------------------------------------------------------------------------------------- a graphics card
+
+
+def test_every_part_is_timed_and_compared_with_the_cpu(tmp_path, monkeypatch, capsys):
+    quick = get_profile("quick", 3)
+    less = {
+        "denoiser": replace(quick.denoiser, convolutions=1),
+        "registration": replace(quick.registration, batch=1, instance=(Level(2, 2, 2, 0.2),)),
+    }
+    monkeypatch.setattr(on_gpu, "get_profile", lambda *_: replace(quick, **less))
+    monkeypatch.setattr(on_gpu, "STEPS", 3)
+    written = run_command(monkeypatch, on_gpu.main, "--profile", "quick", "--json", tmp_path / "gpu.json")
+    found, printed = {row["name"]: row for row in written["rows"]}, capsys.readouterr().out
+    assert all(name in printed for name in found) and written["provenance"]["profile"] == "quick"
+    assert all(found.pop(name)["agrees"] for name in on_gpu.TOLERANCE)
+    assert len(found) == 7 and all(row["seconds"] > 0 for row in found.values())
+
+
+def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise torch.OutOfMemoryError("too large\nfor this card")
+
+    monkeypatch.setattr(on_gpu, "costs", lambda profile: {"large": fail, "small": lambda: 2.0})
+    monkeypatch.setattr(on_gpu, "TOLERANCE", {})
+    large, small = run_command(monkeypatch, on_gpu.main, "--json", tmp_path / "gpu.json")["rows"]
+    assert large["error"] == "OutOfMemoryError: too large\nfor this card" and small["seconds"] == 2
+    assert "OutOfMemoryError: too large\nsmall" in capsys.readouterr().out
+
+
+def test_a_difference_between_the_devices_is_seen(monkeypatch):
+    values = iter((torch.tensor([1.0, 100.0]), torch.tensor([1.0, 101.0])))
+    monkeypatch.setattr(on_gpu, "results", lambda device: {"vqae: logits": lambda: next(values)})
+    row = on_gpu.compare("vqae: logits")
+    assert row["largest_difference"] == 1 and row["allowed"] == pytest.approx(0.101) and not row["agrees"]

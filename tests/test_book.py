@@ -33,9 +33,7 @@ TOC_FILES = [entry["file"] for part in TOC["parts"] for entry in part["chapters"
 
 def test_chapters_are_all_there_and_in_the_table_of_contents() -> None:
     assert [path.stem for path in CHAPTERS] == [path.stem for path in NOTEBOOKS]
-    assert [f"notebooks/{path.stem}" for path in CHAPTERS] == [
-        f for f in TOC_FILES if f.startswith("notebooks/")
-    ]
+    assert [f"notebooks/{path.stem}" for path in CHAPTERS] == [f for f in TOC_FILES if f.startswith("notebooks/")]
     for name in [TOC["root"], *TOC_FILES]:
         assert (ROOT / f"{name}.md").is_file(), f"_toc.yml names {name}, which does not exist"
 
@@ -48,9 +46,7 @@ def test_chapters_hold_the_same_cells_as_their_notebooks(chapter: Path) -> None:
     in_notebook = [(cell.cell_type, cell.source) for cell in notebook.cells]
     for number, (a, b) in enumerate(zip(in_text, in_notebook, strict=False)):
         assert a == b, f"cell {number} of {chapter.name} differs from its notebook: run `make sync`"
-    assert len(in_text) == len(in_notebook), (
-        f"{chapter.name} and its notebook differ in length: run `make sync`"
-    )
+    assert len(in_text) == len(in_notebook), f"{chapter.name} and its notebook differ in length: run `make sync`"
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
@@ -61,11 +57,7 @@ def test_chapters_name_the_kernel_that_every_machine_has(chapter: Path) -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebook_ran_from_first_to_last_cell(notebook: Path) -> None:
-    code = [
-        cell
-        for cell in nbformat.read(notebook, as_version=4).cells
-        if cell.cell_type == "code" and cell.source
-    ]
+    code = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code" and cell.source]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make sync`"
     errors = [output for cell in code for output in cell.outputs if output.output_type == "error"]
     assert not errors
@@ -85,9 +77,7 @@ def test_committed_notebook_holds_no_path_of_the_machine_that_ran_it(notebook: P
 def test_chapters_use_plain_tqdm_nowhere() -> None:
     """`tqdm.auto` draws a bar that a notebook can show; bare `tqdm` fills its error stream."""
     for chapter in CHAPTERS:
-        assert not re.search(r"^(from tqdm import|import tqdm\b)", chapter.read_text(), re.MULTILINE), (
-            chapter.name
-        )
+        assert not re.search(r"^(from tqdm import|import tqdm\b)", chapter.read_text(), re.MULTILINE), chapter.name
 
 
 # Pages that need no network.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -12,11 +13,10 @@ import SimpleITK as sitk
 import torch
 from small_run import small_run, small_run_3d
 
-from pairdiff_core import pipeline, provided, runs, vqae
-from pairdiff_core.checkpoints import CheckpointError
-from pairdiff_core.data import grid_affine
-from pairdiff_core.export import export_pairs
-from pairdiff_core.pairs import DataError
+from pairdiff_core import pipeline, vqae
+from pairdiff_core.apps.export import export_pairs
+from pairdiff_core.data import datasets, grid_affine
+from pairdiff_core.errors import CheckpointError, DataError
 
 NUMBER = 5  # pairs, more than are decoded at once
 
@@ -25,59 +25,62 @@ NUMBER = 5  # pairs, more than are decoded at once
 def finished(request, tmp_path, monkeypatch):
     """A run folder with an autoencoder and random tokens as its synthetic pairs, and those pairs decoded."""
     run = {2: small_run, 3: small_run_3d}[request.param](tmp_path / "run")
-    for module in (provided, runs):
-        monkeypatch.setattr(module, "get_profile", lambda name, dims: run.profile)
+    run = replace(run, profile=replace(run.profile, vqae=replace(run.profile.vqae, steps=1)))
     autoencoder = pipeline.train_vqae(run)
     grid = autoencoder.model.token_grid(run.profile.spatial)
     tokens = torch.randint(0, 16, (NUMBER, *grid), generator=torch.Generator().manual_seed(0)).to(torch.int16)
-    config = {"autoencoder": autoencoder.fingerprint}
-    runs.load_or_make(run, "synthesis", config, lambda piece: tokens)
-    monkeypatch.setattr(runs.data_sets, "load_pairs", None)  # no data are needed from here on
+    pipeline.load_or_make(run, "synthesis", {"autoencoder": autoencoder.fingerprint}, lambda shard: tokens, 1)
+    monkeypatch.setattr(datasets, "brain_pairs", None)  # no data are needed from here on
+    monkeypatch.setattr(datasets, "lung_pairs", None)
     return run, vqae.decode_labels(autoencoder.model, tokens)
+
+
+def test_the_grid_of_a_run_has_its_place_in_the_world():
+    coarse, fine = grid_affine("lung250m", (64, 52, 64)), grid_affine("phantom3d", (256, 208, 256))
+    for corner in ((-0.5, -0.5, -0.5, 1), (63.5, 51.5, 63.5, 1)):  # the field of view has the same corners
+        on_fine = [*(4 * np.array(corner[:3]) + 1.5), 1]
+        np.testing.assert_allclose(coarse @ corner, fine @ on_fine)
+    slices = grid_affine("oasis2d", (80, 96))
+    assert np.allclose(np.linalg.norm(slices[:3, :3], axis=0), [2, 2, 1]) and np.linalg.det(slices[:3, :3]) > 0
 
 
 def test_pairs_are_those_of_the_run_and_lie_in_the_right_place(finished, tmp_path):
     run, decoded = finished
-    folder = export_pairs(run.path, tmp_path / "pairs")
-    spatial = (*run.profile.spatial, 1)[:3]
-    axes = {2: "RIA", 3: "LPS"}[len(run.profile.spatial)]
-    millimetres = grid_affine(run.dataset, run.profile.spatial)
+    assert export_pairs(run.path, tmp_path / "pairs") == NUMBER
+    spatial, affine = (*run.profile.spatial, 1)[:3], grid_affine(run.dataset, run.profile.spatial)
+    axes = {2: "RIA", 3: "LPS"}[run.profile.spatial_dims]
     for index, pair in enumerate(decoded):
         for image, labels in enumerate(pair):
-            path = folder / "imagesTr" / f"PairDiff-{run.dataset}_{index + 1:04d}_{image:04d}.nii.gz"
+            path = tmp_path / "pairs" / "imagesTr" / f"PairDiff-{run.dataset}_{index + 1:04d}_{image:04d}.nii.gz"
             opened, itk = nib.load(path), sitk.ReadImage(str(path))
             assert opened.get_data_dtype() == np.uint8 and "".join(nib.aff2axcodes(opened.affine)) == axes
             assert np.array_equal(np.asarray(opened.dataobj), labels.reshape(spatial).numpy())
             assert np.array_equal(sitk.GetArrayFromImage(itk).T, labels.reshape(spatial).numpy())
-            np.testing.assert_allclose(
-                itk.GetSpacing(), np.linalg.norm(millimetres[:3, :3], axis=0), rtol=1e-5
-            )
+            np.testing.assert_allclose(itk.GetSpacing(), np.linalg.norm(affine[:3, :3], axis=0), rtol=1e-5)
             voxel = tuple(int(size) - 1 for size in spatial)
-            ras = opened.affine @ [*voxel, 1]
-            np.testing.assert_allclose(
-                itk.TransformIndexToPhysicalPoint(voxel), ras[:3] * [-1, -1, 1], atol=1e-3
-            )
-            np.testing.assert_allclose(ras, millimetres @ [*voxel, 1], atol=1e-3)
+            ras = affine @ [*voxel, 1]
+            np.testing.assert_allclose(opened.affine @ [*voxel, 1], ras, atol=1e-3)
+            np.testing.assert_allclose(itk.TransformIndexToPhysicalPoint(voxel), ras[:3] * [-1, -1, 1], atol=1e-3)
 
 
 def test_the_description_is_that_of_learn2reg(finished, tmp_path):
     run, _ = finished
-    folder = export_pairs(run.path, tmp_path / "pairs")
-    told = json.loads((folder / f"PairDiff-{run.dataset}_dataset.json").read_text())
-    assert told["numPairedTraining"] == len(told["training_paired_images"]) == NUMBER
-    assert told["numTraining"] == len(told["training"]) == 2 * NUMBER
-    listed = {entry["image"] for entry in told["training"]}
-    assert listed == {pair[role] for pair in told["training_paired_images"] for role in ("fixed", "moving")}
+    folder = tmp_path / "pairs"
+    export_pairs(run.path, folder)
+    described = json.loads((folder / f"PairDiff-{run.dataset}_dataset.json").read_text())
+    assert described["numPairedTraining"] == len(described["training_paired_images"]) == NUMBER
+    assert described["numTraining"] == len(described["training"]) == 2 * NUMBER
+    listed = {entry["image"] for entry in described["training"]}
+    assert listed == {pair[role] for pair in described["training_paired_images"] for role in ("fixed", "moving")}
     assert all((folder / image).is_file() for image in listed)
     assert len(list((folder / "imagesTr").iterdir())) == len(listed)
-    assert told["tensorImageShape"]["0"] == [*run.profile.spatial, 1][:3]
-    assert told["tensorImageSize"]["0"] == f"{len(run.profile.spatial)}D"
-    assert len(told["labels"]["0"]) == run.profile.num_labels
-    assert told["provenance"]["profile"] == "quick"
-    direction, shift = told["registration_direction"], told["img_shift"]
-    first = told["training_paired_images"][0]
+    assert described["tensorImageShape"]["0"] == [*run.profile.spatial, 1][:3]
+    assert len(described["labels"]["0"]) == run.profile.num_labels
+    assert described["provenance"]["profile"] == "quick" and described["registration_val"] == []
+    direction, shift = described["registration_direction"], described["img_shift"]
     for role in ("fixed", "moving"):
-        assert first[role].endswith(f"_{shift[role]}.nii.gz") and int(shift[role]) == direction[role]
+        first = described["training_paired_images"][0][role]
+        assert first.endswith(f"_{shift[role]}.nii.gz") and int(shift[role]) == direction[role]
 
 
 def test_nothing_is_written_over_or_by_half(finished, tmp_path, monkeypatch):
@@ -88,12 +91,12 @@ def test_nothing_is_written_over_or_by_half(finished, tmp_path, monkeypatch):
         export_pairs(run.path, tmp_path / "used")
     assert os.listdir(tmp_path / "used") == ["mine.txt"]
 
-    def full(path, *_):
-        raise DataError(f"{path} could not be written")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pairdiff_core.export.write_nifti", full)
+    monkeypatch.setattr(os, "fsync", full)
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(DataError, match="could not be written"):
+    with pytest.raises(CheckpointError, match="could not be written"):
         export_pairs(run.path, tmp_path / "pairs")
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -102,9 +105,9 @@ def test_nothing_is_written_over_or_by_half(finished, tmp_path, monkeypatch):
 def test_tokens_of_another_autoencoder_are_refused(finished, tmp_path):
     run, _ = finished
     (run.path / "synthesis.safetensors").unlink()
-    runs.load_or_make(run, "synthesis", {"autoencoder": "another"}, lambda piece: torch.zeros(1, 6, 10))
-    with pytest.raises(CheckpointError, match="synthesis.safetensors was made with another autoencoder"):
-        export_pairs(run.path, tmp_path / "pairs")
-    (run.path / "synthesis.safetensors").unlink()
     with pytest.raises(CheckpointError, match="synthesis.safetensors does not exist"):
         export_pairs(run.path, tmp_path / "pairs")
+    pipeline.load_or_make(run, "synthesis", {"autoencoder": "another"}, lambda shard: torch.zeros(1, 6, 10), 1)
+    with pytest.raises(CheckpointError, match="synthesis.safetensors was made with another autoencoder"):
+        export_pairs(run.path, tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()

@@ -129,17 +129,13 @@ def test_pooling_an_image_and_moving_a_point_agree(spatial):
     half = [size // 2 for size in spatial]
     pooled = torch.nn.functional.interpolate(blob[None, None], size=half, mode="area")[0, 0]
     mass = (fields.identity_grid(half) * pooled).flatten(1).sum(1) / pooled.sum()
-    torch.testing.assert_close(
-        mass[None], fields.resize_points(centre[None], spatial, half), atol=0.1, rtol=0
-    )
+    torch.testing.assert_close(mass[None], fields.resize_points(centre[None], spatial, half), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
 def test_sampling_a_linear_field_is_exact(spatial):
     points = torch.rand(5, len(spatial)) * (torch.tensor(spatial) - 1)
-    torch.testing.assert_close(
-        fields.sample_at(fields.identity_grid(spatial), points), points, atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(fields.sample_at(fields.identity_grid(spatial), points), points, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
@@ -176,9 +172,7 @@ def test_itk_vectors_point_to_the_same_place_in_the_world(spatial):
     dims = len(spatial)
     generator = np.random.default_rng(0)
     affine = np.eye(dims + 1)
-    affine[:dims, :dims] = np.linalg.qr(generator.normal(size=(dims, dims)))[0] @ np.diag(
-        [0.7, 1.3, 2.0][:dims]
-    )
+    affine[:dims, :dims] = np.linalg.qr(generator.normal(size=(dims, dims)))[0] @ np.diag([0.7, 1.3, 2.0][:dims])
     affine[:dims, dims] = [5.0, -7.0, 11.0][:dims]
     field = smooth_field(spatial)[0]
     index = tuple(size // 3 for size in spatial)

@@ -10,16 +10,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LUNG_SHAPES, write_vessels
 
 from pairdiff_core.data import lung250m
-from pairdiff_core.data.lung250m import FRAME, load_lung250m_pairs
-from pairdiff_core.metrics import target_registration_error
-from pairdiff_core.pairs import DataError
-from pairdiff_core.registration import pool
+from pairdiff_core.data.lung250m import load_lung250m_pairs
+from pairdiff_core.data.lung_frame import FRAME, frame_offset, to_frame
+from pairdiff_core.errors import DataError
 
 HALF, QUARTER = (128, 104, 128), (64, 52, 64)
-TRAIN, TEST = (Path(name) for name in LUNG_SHAPES)
+TRAIN, HELD_OUT = (Path(name) for name in LUNG_SHAPES)
 VOLUME = TRAIN / "case_036_2.nii.gz"  # the file that tests spoil
 POINTS = Path("corrfieldTr") / "case_036.csv"
 LANDMARKS = Path("lms_validation_cropped.pth")
@@ -42,8 +42,8 @@ def refuses(folder: Path, *parts: str, split: str = "train", spatial: tuple[int,
     "split, cases",
     [
         ("train", ["case_032", "case_035", "case_036"]),
-        ("test", ["case_002", "case_054", "case_114"]),
-        ("official_test", ["case_104"]),
+        ("validation", ["case_002", "case_054", "case_114"]),
+        ("test", ["case_104"]),
     ],
 )
 def test_splits(lung_folder: Path, split: str, cases: list[str]) -> None:
@@ -60,7 +60,7 @@ def test_fixed_is_1_and_moving_is_2(lung_folder: Path) -> None:
     assert pairs.labels.dtype == torch.uint8
     assert torch.equal(pairs.fixed[2].roll(2, dims=2), pairs.moving[2])
     shape = LUNG_SHAPES["dilated_vessels_10"]["case_036"]
-    crossing = [size // 2 + pad for size, pad in zip(shape, lung250m.frame_offset(shape), strict=True)]
+    crossing = [size // 2 + pad for size, pad in zip(shape, frame_offset(shape), strict=True)]
     assert pairs.fixed[2][tuple(crossing)] == 1
     assert pairs.fixed[2].sum() == (nib.load(lung_folder / TRAIN / "case_036_1.nii.gz").get_fdata() > 0).sum()
 
@@ -72,9 +72,7 @@ def test_coarser_grids_are_the_frame_pooled(lung_folder: Path) -> None:
         assert torch.equal(pairs.labels, pooled.labels)
         assert pairs.spacing == pooled.spacing
         torch.testing.assert_close(pairs.landmarks, pooled.landmarks)
-        fractions = pool(full.fixed[:1, None].float(), factor)[
-            0, 0
-        ]  # soft maps; their support is the maximum
+        fractions = F.avg_pool3d(full.fixed[:1].float(), factor)[0]  # soft maps; their support is the maximum
         assert torch.equal(fractions > 0, pairs.fixed[0] > 0) and 0 < fractions[fractions > 0].min() < 0.5
 
 
@@ -89,14 +87,13 @@ def test_landmarks_are_all_or_empty(lung_folder: Path) -> None:
     (lung_folder / POINTS).unlink()
     assert load_lung250m_pairs(lung_folder, "train", spatial=QUARTER).landmarks is None
     (lung_folder / LANDMARKS).unlink()
-    assert load_lung250m_pairs(lung_folder, "test", spatial=QUARTER).landmarks is None
+    assert load_lung250m_pairs(lung_folder, "validation", spatial=QUARTER).landmarks is None
 
 
 def test_a_seeded_choice_of_max_pairs(lung_folder: Path) -> None:
     every = load_lung250m_pairs(lung_folder, "train", spatial=QUARTER)
     some = [
-        load_lung250m_pairs(lung_folder, "train", spatial=QUARTER, max_pairs=2, seed=seed)
-        for seed in (0, *range(4))
+        load_lung250m_pairs(lung_folder, "train", spatial=QUARTER, max_pairs=2, seed=seed) for seed in (0, *range(4))
     ]
     assert some[0].names == some[1].names and len(some[0]) == 2
     assert len({part.names for part in some}) > 1
@@ -104,12 +101,21 @@ def test_a_seeded_choice_of_max_pairs(lung_folder: Path) -> None:
         assert torch.equal(labels, every.labels[every.names.index(name)])
 
 
+def test_cases_by_name(lung_folder: Path) -> None:
+    """However they are written, in sorted order, all of them whatever max_pairs is."""
+    for cases in (["36", "032"], ["case_032", "case_036", "36"]):
+        pairs = load_lung250m_pairs(lung_folder, "train", cases=cases, spatial=QUARTER, max_pairs=1)
+        assert pairs.names == ("case_032_1~case_032_2", "case_036_1~case_036_2")
+        assert [len(points) for points in pairs.landmarks] == [0, 20]
+    only = load_lung250m_pairs(lung_folder, "validation", cases=["54"], spatial=FRAME)
+    every = load_lung250m_pairs(lung_folder, "validation", spatial=FRAME)
+    assert torch.equal(only.labels, every.labels[1:2]) and torch.equal(only.landmarks[0], every.landmarks[1])
+
+
 def test_raw_label_volumes_come_out_as_the_published_ones(lung_folder: Path, tmp_path: Path) -> None:
     """segTr in both spellings of the file names, dilated here, with more cases than dilated_vessels_10."""
     published = load_lung250m_pairs(lung_folder, "train", spatial=FRAME)
-    thin = torch.from_numpy(
-        (nib.load(lung_folder / TRAIN / "case_032_1.nii.gz").get_fdata() > 0).astype(np.uint8)
-    )
+    thin = torch.from_numpy((nib.load(lung_folder / TRAIN / "case_032_1.nii.gz").get_fdata() > 0).astype(np.uint8))
     for name in ("case_032_1", "032_2", "033_1", "case_033_2"):
         write_vessels(lung_folder / "segTr" / f"{name}.nii.gz", thin.numpy())
     (lung_folder / "segTr" / "._case_032_1.nii.gz").write_bytes(b"of macOS, not an image")
@@ -130,13 +136,11 @@ def test_the_whole_training_set_goes_before_the_ten_pairs(lung_folder: Path) -> 
 
 
 def test_raw_test_volumes_serve_where_there_are_no_others(lung_folder: Path) -> None:
-    (lung_folder / TEST).rename(lung_folder / "segTs")
-    assert list(lung250m.case_files(lung_folder, "test")) == ["case_002", "case_054", "case_114"]
+    (lung_folder / HELD_OUT).rename(lung_folder / "segTs")
+    assert list(lung250m.case_files(lung_folder, "validation")) == ["case_002", "case_054", "case_114"]
 
 
-def test_find_lung250m(
-    lung_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data_set: None
-) -> None:
+def test_find_lung250m(lung_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data_set: None) -> None:
     with pytest.raises(DataError, match="pairdiff fetch lung250m"):
         lung250m.find_lung250m()
     assert lung250m.find_lung250m(lung_folder) == lung250m.find_lung250m(tmp_path) == lung_folder
@@ -157,21 +161,18 @@ def test_find_lung250m(
 @pytest.mark.parametrize(
     "shape, offset",
     [
-        (
-            (320, 250, 353),
-            (-32, -29, -49),
-        ),  # an odd last axis beyond 352: rounded down, as Python and the reference do
+        ((320, 250, 353), (-32, -29, -49)),  # an odd last axis beyond 352: rounded down, as the reference does
         ((236, 189, 208), (10, 1, 24)),
         ((268, 188, 280), (-6, 2, -12)),
         ((256, 208, 256), (0, -8, 0)),
     ],
 )
 def test_where_a_volume_lies_in_the_frame(shape: tuple[int, ...], offset: tuple[int, ...]) -> None:
-    assert lung250m.frame_offset(shape) == offset
+    assert frame_offset(shape) == offset
     volume = torch.zeros(shape, dtype=torch.uint8)
     place = torch.tensor([100, 90, 110])
     volume[tuple(place)] = 1
-    framed = lung250m.to_frame(volume)
+    framed = to_frame(volume)
     assert tuple(framed.shape) == FRAME and framed.dtype == torch.uint8
     assert framed.nonzero().tolist() == [(place + torch.tensor(offset)).tolist()]
 
@@ -212,22 +213,20 @@ def test_a_point_goes_through_crop_and_pooling_with_its_half_voxel(lung_folder: 
     pairs = load_lung250m_pairs(lung_folder, "train", spatial=[size // factor for size in FRAME])
     ((landmark,),) = pairs.landmarks
     offset = torch.tensor([-23.0, 1.0, -14.0])
-    assert lung250m.frame_offset(shape) == tuple(offset.tolist())
+    assert frame_offset(shape) == tuple(offset.tolist())
     expected = (torch.tensor([fixed, moving]) + offset + 0.5) / factor - 0.5
     torch.testing.assert_close(landmark, expected)
     assert pairs.fixed[0].nonzero().tolist() == [landmark[0].round().tolist()]
     assert pairs.moving[0].nonzero().tolist() == [landmark[1].round().tolist()]
-    before = target_registration_error(torch.zeros(3, *pairs.spatial), landmark[None], pairs.spacing)
-    torch.testing.assert_close(
-        before, (torch.tensor(fixed) - torch.tensor(moving)).norm()[None]
-    )  # mm on every grid
+    millimetres = (landmark[1] - landmark[0]) * torch.tensor(pairs.spacing)  # the same on every grid
+    torch.testing.assert_close(millimetres, torch.tensor(moving) - torch.tensor(fixed))
 
 
 def case_point(folder: Path, case: str, voxel: tuple[int, ...], factor: int = 1) -> np.ndarray:
     """World coordinates of a voxel of the file, reached through the common frame."""
-    files = {**lung250m.case_files(folder, "train"), **lung250m.case_files(folder, "test")}
+    files = {**lung250m.case_files(folder, "train"), **lung250m.case_files(folder, "validation")}
     shape = lung250m.read_vessels(files[case][0], case).shape
-    framed = (np.array(voxel) + lung250m.frame_offset(shape) + 0.5) / factor - 0.5
+    framed = (np.array(voxel) + frame_offset(shape) + 0.5) / factor - 0.5
     affine = lung250m.case_affine(folder, case, [size // factor for size in FRAME])
     return (affine @ [*framed, 1.0])[:3]
 
@@ -259,27 +258,24 @@ def test_an_unknown_case_has_no_affine(lung_folder: Path) -> None:
 @pytest.mark.parametrize(
     "remove, keep",
     [
-        (
-            (),
-            ("case_002", "case_054", "case_104", "case_114"),
-        ),  # as the public download: volumes and points of all
+        ((), ("case_002", "case_054", "case_104", "case_114")),  # the public download: volumes and points of all
         ((), ("case_002", "case_054", "case_114")),  # points of the validation cases only
         (("case_104",), ("case_002", "case_054", "case_114")),  # as ../shared/data
         (("case_054",), ("case_002", "case_104", "case_114")),
     ],
 )
 def test_landmarks_find_their_case(lung_folder: Path, remove: tuple[str, ...], keep: tuple[str, ...]) -> None:
-    """Each test case has its crossing in another voxel; there it must be, whichever cases are there."""
+    """Each held-out case has its crossing in another voxel; there it must be, whichever cases are there."""
     fixed, moving = torch.load(lung_folder / LANDMARKS, weights_only=True)
     chosen = [list(LUNG_SHAPES["dilated_vessels_ts"]).index(case) for case in keep]
     torch.save([[part[i] for i in chosen] for part in (fixed, moving)], lung_folder / LANDMARKS)
     for case in remove:
         for number in (1, 2):
-            (lung_folder / TEST / f"{case}_{number}.nii.gz").unlink()
-    pairs = load_lung250m_pairs(lung_folder, "test", spatial=FRAME)
+            (lung_folder / HELD_OUT / f"{case}_{number}.nii.gz").unlink()
+    pairs = load_lung250m_pairs(lung_folder, "validation", spatial=FRAME)
     for name, image, points in zip(pairs.names, pairs.fixed, pairs.landmarks, strict=True):
         shape = LUNG_SHAPES["dilated_vessels_ts"][name[:8]]
-        expected = [size // 2 + pad for size, pad in zip(shape, lung250m.frame_offset(shape), strict=True)]
+        expected = [size // 2 + pad for size, pad in zip(shape, frame_offset(shape), strict=True)]
         assert points[0, 0].tolist() == expected and image[tuple(expected)] == 1
         assert (points[:, 1] - points[:, 0]).tolist() == [[0, 0, 2]]
 
@@ -299,7 +295,7 @@ def test_the_public_landmarks_fit_the_validation_cases_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_landmarks_of_another_number_of_cases(lung_folder: Path, count: int) -> None:
     torch.save([[torch.ones(4, 3)] * count] * 2, lung_folder / LANDMARKS)
-    refuses(lung_folder, str(LANDMARKS), f"{count} cases", "4 cases", "3 without", split="test")
+    refuses(lung_folder, str(LANDMARKS), f"{count} cases", "4 cases", "3 without", split="validation")
 
 
 @pytest.mark.parametrize(
@@ -313,25 +309,24 @@ def test_landmarks_of_another_number_of_cases(lung_folder: Path, count: int) -> 
         [[torch.full((4, 3), torch.nan)] * 4] * 2,
         [[1, 2, 3, 4]] * 2,
         [[torch.tensor(1.0)] * 4] * 2,
-        torch.ones(2, 4, 4, 3),
         "landmarks",
     ],
 )
 def test_landmarks_of_another_form(lung_folder: Path, content: object) -> None:
     torch.save(content, lung_folder / LANDMARKS)
-    refuses(lung_folder, str(LANDMARKS), "two lists", split="test")
+    refuses(lung_folder, str(LANDMARKS), "two lists", split="validation")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
 def test_a_truncated_landmark_file(lung_folder: Path, share: float) -> None:
     data = (lung_folder / LANDMARKS).read_bytes()
     (lung_folder / LANDMARKS).write_bytes(data[: int(share * len(data))])
-    refuses(lung_folder, str(LANDMARKS), "damaged", split="test")
+    refuses(lung_folder, str(LANDMARKS), "damaged", split="validation")
 
 
 def test_a_landmark_file_with_code_in_it_is_not_run(lung_folder: Path) -> None:
     torch.save([Path("anything but tensors")], lung_folder / LANDMARKS)
-    refuses(lung_folder, str(LANDMARKS), "more than tensors", split="test")
+    refuses(lung_folder, str(LANDMARKS), "more than tensors", split="validation")
 
 
 @pytest.mark.parametrize(
@@ -360,21 +355,33 @@ def test_correspondences_that_are_no_text(lung_folder: Path) -> None:
 
 
 def test_no_such_split(lung_folder: Path) -> None:
-    refuses(lung_folder, "'validation'", "official_test", split="validation")
+    refuses(lung_folder, "'official_test'", "train, validation, test", split="official_test")
 
 
 def test_a_split_without_cases(lung_folder: Path) -> None:
+    shutil.move(lung_folder / HELD_OUT, lung_folder / "all")
+    refuses(lung_folder, str(lung_folder), "'validation'", "dilated_vessels_ts", "segTs", split="validation")
+    (lung_folder / HELD_OUT).mkdir()
     for number in (1, 2):
-        (lung_folder / TEST / f"case_104_{number}.nii.gz").unlink()
-    refuses(lung_folder, str(lung_folder), "'official_test'", split="official_test")
-    shutil.rmtree(lung_folder / TEST)
-    refuses(lung_folder, "dilated_vessels_ts", "segTs", split="test")
+        shutil.copy(lung_folder / "all" / f"case_002_{number}.nii.gz", lung_folder / HELD_OUT)
+    refuses(lung_folder, str(lung_folder), "'test'", split="test")
+    for number in (1, 2):
+        (lung_folder / HELD_OUT / f"case_002_{number}.nii.gz").unlink()
+        shutil.copy(lung_folder / "all" / f"case_104_{number}.nii.gz", lung_folder / HELD_OUT)
+    refuses(lung_folder, "only official test cases: the split 'test'", split="validation")
+
+
+def test_cases_that_are_not_there(lung_folder: Path) -> None:
+    for split, case in (("validation", "104"), ("validation", "case_999"), ("train", "54"), ("train", "first")):
+        with pytest.raises(DataError, match=f"{case}; there are case_0.., case_0.., case_...") as error:
+            load_lung250m_pairs(lung_folder, split, cases=("36", "54", case), spatial=QUARTER)
+        assert repr(split) in str(error.value)
 
 
 @pytest.mark.parametrize("number, missing", [(1, 2), (2, 1)])
 def test_a_partner_is_missing(lung_folder: Path, number: int, missing: int) -> None:
     (lung_folder / TRAIN / f"case_036_{missing}.nii.gz").unlink()
-    refuses(lung_folder, f"case_036_{number}.nii.gz has no partner case_036_{missing}.nii.gz")
+    refuses(lung_folder, f"case_036_{number}.nii.gz has no partner _{missing}")
 
 
 @pytest.mark.parametrize("content", [b"<html>404 not found</html>" * 50, gzip.compress(b"not an image" * 50)])
@@ -434,12 +441,12 @@ def test_real_training_pair() -> None:
     """Case 036: a quarter of the automatic correspondences lies on a vessel; without the offset they would not."""
     file = REAL / TRAIN / "case_036_1.nii.gz"
     mask = lung250m.read_vessels(file, "case_036")
-    framed = lung250m.to_frame(mask)
-    points = lung250m.read_correspondences(REAL / POINTS, lung250m.frame_offset(mask.shape))
+    framed = to_frame(mask)
+    points = lung250m.read_correspondences(REAL / POINTS, frame_offset(mask.shape))
     assert 6400 < len(points) < 6576  # a few lie outside the frame
     on_vessel = framed[tuple(points[:, 0].round().long().T)].float().mean()
     assert 0.27 < on_vessel < 0.32
-    wrong = points[:, 0].round().long() - torch.tensor(lung250m.frame_offset(mask.shape))
+    wrong = points[:, 0].round().long() - torch.tensor(frame_offset(mask.shape))
     assert framed[tuple(wrong.clamp(max=207).T)].float().mean() < 0.1
     assert 0.02 < framed.float().mean() < 0.03
 
@@ -447,7 +454,7 @@ def test_real_training_pair() -> None:
 @on_real_data
 def test_real_validation_landmarks() -> None:
     """Before registration the mean of cases is 13.91 mm, as published; the landmarks are those of their case."""
-    cases = list(lung250m.case_files(REAL, "test"))
+    cases = list(lung250m.case_files(REAL, "validation"))
     known = lung250m.read_validation_landmarks(REAL / LANDMARKS, cases)
     errors = [(known[case][:, 1] - known[case][:, 0]).norm(dim=1).mean() for case in cases]
     assert torch.stack(errors).mean().item() == pytest.approx(13.91, abs=0.01)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pairdiff_core import fields
-from pairdiff_core.pairs import DataError, PairSet, one_hot, resize_labels
+from pairdiff_core.errors import DataError
+from pairdiff_core.pairs import PairSet, one_hot, resize_labels
 
 
 def example(spatial=(8, 12), number=3, **changes):
@@ -88,9 +89,7 @@ def test_pooling_keeps_a_thin_line_and_carries_everything_along(spatial):
     assert not pairs.resized(coarse.spatial).labels.any()
     assert coarse.spacing == (4.0,) * len(spatial)
     torch.testing.assert_close(coarse.displacement, torch.full_like(coarse.displacement, 0.25))
-    torch.testing.assert_close(
-        coarse.landmarks[0], (pairs.landmarks[0] - 1.5) / 4
-    )  # voxel 0 is centred at 1.5
+    torch.testing.assert_close(coarse.landmarks[0], (pairs.landmarks[0] - 1.5) / 4)  # voxel 0 is centred at 1.5
     assert pairs.pooled(1) is pairs
 
 

@@ -1,20 +1,39 @@
 """Registration: inverse consistency by construction, and that it finds known motion, in 2D and 3D."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pairdiff_core import fields, metrics, registration
-from pairdiff_core.profiles import Level
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.profiles import Level, UNetStep, get_profile
+from pairdiff_core.registration import Deformation, integrate, optimise, refine, registration_loss
 
 GRIDS = [(64, 80), (32, 48, 64)]
+ALIKE = 2 * (UNetStep(2, (4, 8, 8, 8, 8, 4)),)
+COARSE_TO_FINE = (UNetStep(2, (4, 8, 8, 8, 8, 4)), UNetStep(1, (4, 8, 8, 8, 8, 4)))
+
+
+def settings(**changes):
+    usual = {"unets": ALIKE, "control": 2, "squarings": 6, "smoothness": 0.05, "merge": False}
+    return replace(get_profile("quick").registration, **usual | changes)
 
 
 def random_velocities(spatial, number=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        fields.random_velocity(1, spatial, amplitude=1.0, smoothness=16, generator=generator)
-        for _ in range(number)
+        fields.random_velocity(1, spatial, amplitude=1.0, smoothness=16, generator=generator) for _ in range(number)
     )
+
+
+def zero(spatial, number=1):
+    """No velocity, on a grid of one voxel."""
+    return (torch.zeros(number, len(spatial), *[1] * len(spatial)),)
+
+
+def still(*spatial):
+    return Deformation(*torch.zeros(2, 1, len(spatial), *spatial))
 
 
 def ball_maps(spatial, shift):
@@ -27,21 +46,29 @@ def ball_maps(spatial, shift):
     return torch.stack([torch.sigmoid(size / 3 - radius), torch.sigmoid(size / 6 - radius)])[None]
 
 
-def small_network(spatial, scale=2, trained=True, **options):
+def small_network(dims, trained=True, **changes):
     torch.manual_seed(0)
-    network = registration.TwoStepNetwork(len(spatial), 2, (4, 8, 8, 8, 8, 4), scale, squarings=6, **options)
+    network = registration.RegistrationNetwork(settings(**changes), dims, 2)
     if trained:  # anything but the identity it starts as
         for step in network.steps:
-            torch.nn.init.normal_(step.final_conv.weight, std=0.3)
+            torch.nn.init.normal_(step.unet.final_conv.weight, std=0.3)
     return network.eval()
 
 
+def inverse_error(deformation):
+    return float(metrics.inverse_consistency_error(deformation.displacement, deformation.inverse).mean())
+
+
+# ------------------------------------------------------------------------------------------------ deformations
+
+
 @pytest.mark.parametrize("spatial", GRIDS)
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_negating_all_velocities_inverts_the_deformation(spatial, number):
-    deformation = registration.integrate(random_velocities(spatial, number))
-    error = metrics.inverse_consistency_error(*deformation)
-    assert float(error) < 0.03 < float(deformation.displacement.norm(dim=1).mean())
+    velocities = random_velocities(spatial, number)
+    deformation, negated = integrate(velocities), integrate(tuple(-velocity for velocity in velocities))
+    torch.testing.assert_close(negated.displacement, deformation.inverse)
+    assert inverse_error(deformation) < 0.04 < float(deformation.displacement.norm(dim=1).mean())
 
 
 def test_plain_composition_would_not_be_inverted_that_way():
@@ -49,108 +76,102 @@ def test_plain_composition_would_not_be_inverted_that_way():
     first, second = random_velocities((32, 40))
     plain = fields.compose(fields.exponentiate(3 * first), fields.exponentiate(3 * second))
     negated = fields.compose(fields.exponentiate(-3 * first), fields.exponentiate(-3 * second))
-    symmetric = registration.integrate((3 * first, 3 * second))
-    error = metrics.inverse_consistency_error(plain, negated)
-    assert float(error) > 3 * float(metrics.inverse_consistency_error(*symmetric))
+    assert inverse_error(Deformation(plain, negated)) > 3 * inverse_error(integrate((3 * first, 3 * second)))
+
+
+def test_a_deformation_moves_between_grids_and_back():
+    deformation = integrate(random_velocities((32, 40)))
+    assert deformation.spatial == (32, 40) and len(deformation) == 1
+    finer = deformation.resized((64, 80))
+    torch.testing.assert_close(finer.displacement.mean(), 2 * deformation.displacement.mean(), rtol=1e-3, atol=1e-4)
+    cropped = deformation.cropped((20, 40))
+    assert torch.equal(cropped.inverse, deformation.inverse[:, :, :20])
+    both = registration.concatenated([deformation, deformation.inverted()])
+    assert len(both) == 2 and torch.equal(both[1:].displacement, deformation.inverse)
+
+
+def test_a_deformation_warps_moving_to_fixed():
+    labels = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    labels[:, 8:12, 8:12] = 3
+    displacement = torch.zeros(1, 2, 20, 20)
+    displacement[:, 0] = 2.0
+    deformation = Deformation(displacement, -displacement)
+    assert torch.equal(deformation.warp_labels(labels.roll(2, 1)), labels)
+    maps = labels[:, None].float()
+    torch.testing.assert_close(deformation.warp(maps.roll(2, 2)), maps)
+    torch.testing.assert_close(deformation.jacobian_determinant(), torch.ones(1, 20, 20))
+
+
+# ------------------------------------------------------------------------------------------------- the network
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
-@pytest.mark.parametrize("options", [{}, {"scale": 1, "control": 2, "coarser": 2}])
-def test_swapping_the_images_swaps_displacement_and_inverse(spatial, options):
-    network = small_network(spatial, **options)
+@pytest.mark.parametrize("changes", [{}, {"unets": COARSE_TO_FINE}])
+def test_swapping_the_images_swaps_displacement_and_inverse(spatial, changes):
+    network = small_network(len(spatial), **changes)
     fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
     with torch.no_grad():
         forth, back = network(fixed, moving), network(moving, fixed)
+        repeated = network.velocities(fixed, moving, repeats=3), network.velocities(moving, fixed, repeats=3)
     assert float(forth.displacement.abs().max()) > 0.1
     torch.testing.assert_close(forth.displacement, back.inverse, atol=1e-4, rtol=0)
     torch.testing.assert_close(forth.inverse, back.displacement, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("spatial", GRIDS)
-def test_the_second_step_may_be_repeated_from_where_the_last_one_led(spatial):
-    network = small_network(spatial)
-    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
-    with torch.no_grad():
-        there, back = (
-            network.velocities(*images, repeats=3) for images in ((fixed, moving), (moving, fixed))
-        )
-        once = network.velocities(fixed, moving)
-    assert len(there) == 4 and len(once) == 2
-    for one, other in zip(once, there, strict=False):
-        assert torch.equal(one, other)
-    for one, other in zip(there, back, strict=True):  # swapping the images still swaps the signs
+    assert len(repeated[0]) == 4
+    for one, other in zip(*repeated, strict=True):
         torch.testing.assert_close(one, -other, rtol=1e-3, atol=1e-3)
-    halves = [registration.integrate((velocity / 2,), 6) for velocity in there[:2]]
-    images = registration.pool(fixed, 2), registration.pool(moving, 2)
-    for half in halves:
-        images = fields.warp(images[0], half.inverse), fields.warp(images[1], half.displacement)
-    with torch.no_grad():
-        third = network._velocity(network.steps[1], *images)
-    torch.testing.assert_close(there[2], third)
 
 
 def test_the_first_step_sees_coarser_images_and_answers_on_the_same_grid():
-    network, seen = small_network((64, 96), scale=1, control=2, coarser=2), []
+    network, seen = small_network(2, unets=COARSE_TO_FINE), []
     for step in network.steps:
-        step.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+        step.unet.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     first, second = network.velocities(ball_maps((64, 96), 0), ball_maps((64, 96), 3))
     assert seen == [(32, 48), (64, 96)]
     assert first.shape == second.shape == (1, 2, 32, 48)
     with pytest.raises(ValueError, match="at least 32 voxels"):
         network.velocities(ball_maps((24, 96), 0), ball_maps((24, 96), 3))
-    with pytest.raises(ValueError, match="coarser must divide control, got coarser 2 and control 1"):
-        small_network((64, 96), coarser=2)
+    with pytest.raises(ValueError, match="control must be a multiple of scale, got 1 and 2"):
+        small_network(2, control=1)
 
 
-@pytest.mark.parametrize("spatial", GRIDS)
+@pytest.mark.parametrize("spatial", [*GRIDS, (62, 74), (34, 38, 66)])
 def test_an_untrained_network_is_the_identity(spatial):
-    network = small_network(spatial, trained=False)
-    deformation = registration.register(network, ball_maps(spatial, 0), ball_maps(spatial, 3))
-    assert deformation.displacement.shape == (1, len(spatial), *spatial)
-    assert torch.all(deformation.displacement == 0)
+    deformation = small_network(len(spatial), trained=False)(ball_maps(spatial, 0), ball_maps(spatial, 3))
+    assert deformation.spatial == tuple(size // 2 for size in spatial)
+    assert not deformation.both.any()
+    moved = small_network(len(spatial))(ball_maps(spatial, 0), ball_maps(spatial, 3))
+    assert moved.both.any() and moved.both.isfinite().all()
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
-def test_the_multilevel_baseline_finds_a_known_shift(spatial):
-    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
-    levels = [Level(scale, 2, 30, 0.2) for scale in (4, 2)]
-    deformation = registration.register_multilevel(fixed, moving, levels, smoothness=0.05)
-    inside = fixed[0, 1] > 0.5
-    shift = deformation.displacement[0, 0][inside].mean()
-    assert float(shift) == pytest.approx(3.0, abs=0.5), "fixed x lies at x + 3 in moving: u is +3, not -3"
-    assert float(metrics.folding_percent(deformation.displacement)) == 0
-    assert float(metrics.inverse_consistency_error(*deformation)) < 0.1
+def test_training_brings_images_closer_and_repeated_steps_those_that_are_farther_apart(spatial):
+    network = small_network(len(spatial), trained=False).train()
+    labels = torch.cat([ball_maps(spatial, shift) for shift in (0, 2)]).round().sum(1).byte()[None]
+    adam, losses = torch.optim.Adam(network.parameters(), 1e-2), []
+    for _ in range(12):
+        terms = registration.training_loss(network, labels, 3, settings())
+        adam.zero_grad()
+        terms["loss"].backward()
+        adam.step()
+        losses.append(terms["dissimilarity"].item())
+    assert losses[-1] < 0.7 * losses[0]
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 5)
+    with torch.no_grad():
+        once, often = (network.velocities(fixed, moving, repeats) for repeats in (1, 4))
+        misfit = [(integrate(each, 6).resized(spatial).warp(moving) - fixed).abs().mean() for each in (once, often)]
+    assert len(often) == 5 and all(map(torch.equal, once, often))
+    assert misfit[1] < 0.9 * misfit[0]
 
 
-@pytest.mark.parametrize("spatial", GRIDS)
-def test_instance_optimisation_improves_on_its_start_and_keeps_the_inverse(spatial):
-    network = small_network(spatial, trained=False)
-    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 2)
-    before = registration.register(network, fixed, moving)
-    after = registration.register(network, fixed, moving, [Level(2, 2, 30, 0.2)], smoothness=0.05)
-
-    def misfit(deformation):
-        return (fields.warp(moving, deformation.displacement) - fixed).abs().mean()
-
-    assert misfit(after) < 0.5 * misfit(before)
-    assert float(metrics.inverse_consistency_error(*after)) < 0.1
-
-
-def test_images_of_a_batch_do_not_influence_each_other():
-    spatial = (32, 40)
-    fixed = torch.cat([ball_maps(spatial, 0), ball_maps(spatial, 1)])
-    moving = torch.cat([ball_maps(spatial, 3), ball_maps(spatial, -1)])
-    levels = [Level(2, 2, 10, 0.2)]
-    together = registration.register_multilevel(fixed, moving, levels, smoothness=0.05)
-    alone = registration.register_multilevel(fixed[:1], moving[:1], levels, smoothness=0.05)
-    torch.testing.assert_close(together.displacement[:1], alone.displacement, atol=2e-3, rtol=0)
+# ----------------------------------------------------------------------------------------------------- losses
 
 
 def test_pooling_gives_the_share_of_each_structure():
-    maps = torch.zeros(1, 1, 4, 4)
-    maps[0, 0, :2, :1] = 1
-    assert registration.pool(maps, 2)[0, 0].tolist() == [[0.5, 0.0], [0.0, 0.0]]
-    assert registration.pool(maps, 1) is maps
+    labels = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    labels[0, :2, :1] = 2
+    assert registration.label_maps(labels, 3, scale=2)[0].tolist() == [[[0, 0], [0, 0]], [[0.5, 0], [0, 0]]]
+    maps = registration.label_maps(labels, 3)
+    assert torch.equal(registration.pool(maps, 2), registration.label_maps(labels, 3, scale=2))
 
 
 def test_squared_gradient_of_a_ramp():
@@ -170,145 +191,129 @@ def test_bending_energy_is_zero_for_an_affine_map_and_that_of_a_parabola(dims):
     assert float(registration.bending_energy(saddle)) == pytest.approx(2 / dims)
 
 
-def test_a_level_may_weigh_the_bending():
-    fixed, moving = ball_maps((32, 40), 0), ball_maps((32, 40), 3)
-    stiff, soft = (
-        registration.register_multilevel(fixed, moving, [Level(2, 1, 30, 0.2, bending)], smoothness=0.0)
-        for bending in (2.0, 0.0)
-    )
-    energies = [float(registration.bending_energy(each.displacement)) for each in (stiff, soft)]
-    assert energies[0] < 0.5 * energies[1]
-
-
 def test_the_loss_is_zero_only_for_a_perfect_and_smooth_match():
     maps = ball_maps((16, 16), 0)
-    still = registration.Deformation(torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16, 16))
-    assert float(registration.registration_loss(still, maps, maps, 0.5).total) == 0
-    shifted = registration.registration_loss(still, maps, ball_maps((16, 16), 2), 0.5)
+    assert float(registration_loss(still(16, 16), maps, maps, 0.5).total) == 0
+    shifted = registration_loss(still(16, 16), maps, ball_maps((16, 16), 2), 0.5)
     assert float(shifted.dissimilarity) > 0 and float(shifted.roughness) == 0
 
 
-def test_coarser_scales_tell_of_a_thin_structure_that_is_far_off():
+def test_coarser_scales_see_a_thin_structure_that_is_far_off():
     """A line 12 voxels away overlaps with nothing; when it comes nearer, only the coarser views see it."""
 
     def loss(offset, scales):
         fixed, moving = torch.zeros(2, 1, 1, 32, 32)
         fixed[..., 8, :], moving[..., 8 + offset, :] = 1, 1
-        still = registration.Deformation(*torch.zeros(2, 1, 2, 32, 32))
-        return float(registration.registration_loss(still, fixed, moving, 0.5, scales=scales).total)
+        return float(registration_loss(still(32, 32), fixed, moving, 0.5, scales=scales).total)
 
     assert loss(12, 1) == loss(6, 1) == pytest.approx(2 / 32)
     assert loss(12, 4) > loss(6, 4) > loss(2, 4)
     assert loss(0, 4) == 0
 
 
+# ------------------------------------------------------------------------------------------------ optimisation
+
+
 @pytest.mark.parametrize("spatial", GRIDS)
-def test_training_brings_images_closer(spatial):
-    network = small_network(spatial, trained=False).train()
-    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 2)
-    pooled = registration.pool(fixed, 2), registration.pool(moving, 2)
-    adam, losses = torch.optim.Adam(network.parameters(), 5e-3), []
-    for _ in range(25):
-        loss = registration.registration_loss(network(fixed, moving), *pooled, smoothness=0.05)
-        adam.zero_grad()
-        loss.total.backward()
-        adam.step()
-        losses.append(float(loss.dissimilarity))
-    assert losses[-1] < 0.7 * losses[0]
+def test_optimisation_finds_a_known_shift(spatial):
+    fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
+    levels = [Level(scale, 2, 30, 0.2) for scale in (4, 2)]
+    deformation = integrate(refine(fixed, moving, zero(spatial), levels, settings()), 6).resized(spatial)
+    inside = fixed[0, 1] > 0.5
+    shift = deformation.displacement[0, 0][inside].mean()
+    assert float(shift) == pytest.approx(3.0, abs=0.5), "fixed x lies at x + 3 in moving: u is +3, not -3"
+    assert float(metrics.folding_percent(deformation.displacement)) == 0
+    assert inverse_error(deformation) < 0.1
 
 
-@pytest.mark.parametrize("spatial", [(62, 74), (34, 38, 66)])
-def test_odd_sizes_are_registered_too(spatial):
-    deformation = registration.register(small_network(spatial), ball_maps(spatial, 0), ball_maps(spatial, 1))
-    assert deformation.displacement.shape == (1, len(spatial), *spatial)
-    assert torch.isfinite(deformation.displacement).all()
+def test_images_of_a_batch_do_not_influence_each_other():
+    spatial, levels = (32, 40), [Level(2, 2, 10, 0.2)]
+    fixed = torch.cat([ball_maps(spatial, 0), ball_maps(spatial, 1)])
+    moving = torch.cat([ball_maps(spatial, 3), ball_maps(spatial, -1)])
+    (together,) = refine(fixed, moving, zero(spatial, 2), levels, settings())
+    (alone,) = refine(fixed[:1], moving[:1], zero(spatial), levels, settings())
+    torch.testing.assert_close(together[:1], alone, atol=2e-3, rtol=0)
 
 
-def test_images_too_small_for_the_network_are_refused():
-    with pytest.raises(ValueError, match="at least 32 voxels a side"):
-        small_network((24, 40))(ball_maps((24, 40), 0), ball_maps((24, 40), 1))
+def test_a_level_may_weigh_the_bending():
+    fixed, moving = ball_maps((32, 40), 0), ball_maps((32, 40), 3)
+    energies = []
+    for bending in (2.0, 0.0):
+        found = optimise(fixed, moving, zero((32, 40)), Level(2, 1, 30, 0.2, bending), smoothness=0.0)
+        energies.append(float(registration.bending_energy(integrate(found).displacement)))
+    assert energies[0] < 0.5 * energies[1]
 
 
 def two_balls(spatial, middle):
     """A map of two balls, (1, 1, *spatial), the second one opposite to the first; little of the image is filled."""
-    places = fields.identity_grid(spatial)
+    grid = fields.identity_grid(spatial)
     opposite = [size - 1 - x for size, x in zip(spatial, middle, strict=True)]
-    near = [
-        (places - torch.tensor(x).reshape(-1, *[1] * len(spatial))).norm(dim=0) < 3
-        for x in (middle, opposite)
-    ]
+    near = [(grid - torch.tensor(x).reshape(-1, *[1] * len(spatial))).norm(dim=0) < 3 for x in (middle, opposite)]
     return (near[0] | near[1]).float()[None, None]
 
 
 @pytest.mark.parametrize(("spatial", "middle"), [((48, 40), [12.0, 9.0]), ((32, 28, 36), [9.0, 8.0, 9.0])])
-def test_looking_at_the_voxels_in_play_alone_loses_nothing(spatial, middle):
+def test_comparing_only_voxels_near_a_structure_loses_nothing(spatial, middle):
     fixed, moving = two_balls(spatial, middle), two_balls(spatial, [x + 2 for x in middle])
-    velocity = fields.random_velocity(
-        1, [s // 2 for s in spatial], amplitude=0.5, smoothness=8, generator=torch.Generator().manual_seed(0)
-    )
-    deformation = registration.integrate((velocity,))
-    voxels = registration.voxels_in_play(deformation, fixed, moving)
+    generator = torch.Generator().manual_seed(0)
+    velocity = fields.random_velocity(1, [s // 2 for s in spatial], amplitude=0.5, smoothness=8, generator=generator)
+    deformation = integrate((velocity,))
+    voxels = registration.voxels_near(deformation, fixed, moving)
     assert len(voxels) < 0.3 * fixed.numel()
-    some, everything = (
-        registration.registration_loss(deformation, fixed, moving, 0.1, v) for v in (voxels, None)
-    )
-    for a, b in zip(some, everything, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    some, everything = (registration_loss(deformation, fixed, moving, 0.1, each) for each in (voxels, None))
+    for one, other in zip(some, everything, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    full = torch.ones(1, 1, *spatial)
+    assert registration.voxels_near(still(*spatial), full, full) is None, "here it would not pay"
 
 
-def test_where_most_of_an_image_is_in_play_all_of_it_is_looked_at():
-    full, still = torch.ones(1, 1, 16, 16), torch.zeros(1, 2, 16, 16)
-    assert registration.voxels_in_play(registration.Deformation(still, still), full, full) is None
-
-
-def test_where_a_structure_is_warped_to_is_in_play():
+def test_where_a_structure_is_warped_to_is_near():
     """Also where neither image shows anything: there a warped structure costs, and has to go on or back."""
     fixed = moving = two_balls((64, 64), [14.0, 14.0])
     aside = torch.stack([torch.zeros(64, 64), torch.full((64, 64), 18.0)])[None]
     warped = fields.warp(moving, aside)
     assert float((warped * fixed).sum()) == 0 < float(warped.sum())
-    voxels = registration.voxels_in_play(registration.Deformation(aside, -aside), fixed, moving)
-    in_play = torch.zeros(64, 64)
-    in_play[tuple(voxels.T)] = 1
-    assert bool((in_play[warped[0, 0] > 0] == 1).all())
+    voxels = registration.voxels_near(Deformation(aside, -aside), fixed, moving)
+    near = torch.zeros(64, 64)
+    near[tuple(voxels.T)] = 1
+    assert bool((near[warped[0, 0] > 0] == 1).all())
 
 
-@pytest.mark.parametrize(("large", "looks"), [(0, 3), (64 * 64, 3), (64 * 64 + 1, 0)])
-def test_large_images_are_looked_at_again_as_they_move(monkeypatch, large, looks):
-    seen, look = [], registration.voxels_in_play
-    monkeypatch.setattr(registration, "LARGE", large)
-    monkeypatch.setattr(registration, "voxels_in_play", lambda *all_: seen.append(1) or look(*all_))
-    fixed, moving = two_balls((64, 64), [14.0, 14.0]), two_balls((64, 64), [16.0, 17.0])
-    level = Level(scale=1, control=4, steps=2 * registration.LOOK_AGAIN + 1, learning_rate=0.1)
-    registration.optimise(fixed, moving, (torch.zeros(1, 2, 16, 16),), level, smoothness=0.01)
-    assert len(seen) == looks
+def test_large_images_are_compared_near_structures_only_and_move_alike(monkeypatch):
+    """Further than the margin around the structures: they have to be found again on the way."""
+    fixed, moving = two_balls((64, 64), [14.0, 14.0]), two_balls((64, 64), [18.0, 19.0])
+    level = Level(scale=1, control=4, steps=40, learning_rate=0.2)
 
+    def found(only_near=None):
+        velocities = optimise(fixed, moving, zero((64, 64)), level, smoothness=0.01, only_near=only_near)
+        return integrate(velocities).resized((64, 64)).displacement
 
-def test_several_velocities_become_one_that_moves_nearly_alike():
-    random = torch.Generator().manual_seed(0)
-    small = fields.random_velocity(2, (40, 48), amplitude=1.0, smoothness=16, generator=random)
-    velocities = (small[:1], small[1:])
-    (one,) = registration.merged(velocities)
-    both, single = (registration.integrate(each).displacement for each in (velocities, (one,)))
-    assert (both - single).norm(dim=1).mean() < 0.1 * both.norm(dim=1).mean()
+    near, everywhere = found(True), found(False)
+    inside = fixed[0, 0] > 0
+    assert float(everywhere[0, :, inside].norm(dim=0).mean()) > 4
+    assert float((near - everywhere)[0, :, inside].norm(dim=0).mean()) < 0.25
+    for large, expected in ((64 * 64, near), (64 * 64 + 1, everywhere)):
+        monkeypatch.setitem(optimise.__globals__, "LARGE", large)
+        assert torch.equal(found(), expected)
 
 
 LEVELS = [Level(2, 2, 40, 0.2), Level(2, 2, 20, 0.1, bending=0.1)]
 
 
 def test_a_merged_start_is_optimised_as_one_velocity():
-    spatial = (32, 64)
-    network, (fixed, moving) = small_network(spatial), (ball_maps(spatial, 0), ball_maps(spatial, 3))
-    found = registration.register(network, fixed, moving, LEVELS, smoothness=0.05, repeats=2, merge=True)
+    """Several velocities become their sum, which moves nearly alike, and all of which can be optimised."""
+    spatial, merge = (32, 64), settings(merge=True)
+    network, (fixed, moving) = small_network(2), (ball_maps(spatial, 0), ball_maps(spatial, 3))
     with torch.no_grad():
         velocities = network.velocities(fixed, moving, 2)
-    one = registration.refine_merged(
-        fixed, moving, velocities, LEVELS, smoothness=0.05, squarings=network.squarings
-    )
-    assert len(one) == 1
-    expected = registration.integrate(one, network.squarings).resized(spatial)
-    torch.testing.assert_close(found.displacement, expected.displacement)
-    assert float(metrics.inverse_consistency_error(*found)) < 0.1
+    outer = refine(fixed, moving, velocities, LEVELS[:1], settings())
+    assert len(outer) == 3 and all(map(torch.equal, outer[:2], velocities[:2])), "without merging, the last one only"
+    (one,) = refine(fixed, moving, velocities, LEVELS, merge)
+    deformation = integrate((one,), 6).resized(spatial)
+    assert inverse_error(deformation) < 0.1
+    losses = [float(registration_loss(each, fixed, moving, 0.05).total) for each in (deformation, still(*spatial))]
+    assert losses[0] < 0.5 * losses[1]
+    assert refine(fixed, moving, velocities, [], merge) == velocities, "without levels, nothing changes"
 
 
 def test_of_each_pair_the_better_start_is_taken():
@@ -317,12 +322,60 @@ def test_of_each_pair_the_better_start_is_taken():
     moving = torch.cat([ball_maps((64, 40), 20), ball_maps((64, 40), 1)])
     start = torch.zeros(2, 2, 16, 10)  # in voxels of a grid four times as coarse
     start[0, 0], start[1, 0] = 5.0, -6.0
-    options = {"smoothness": 0.01, "squarings": 6}
-    (found,) = registration.refine_merged(fixed, moving, (start,), LEVELS[:1], **options)
+    usual = settings(smoothness=0.01)
+    (found,) = refine(fixed, moving, (start / 2, start / 2), LEVELS[:1], replace(usual, merge=True))
     (from_start,), (from_nothing,) = (
-        registration.refine(fixed, moving, (each,), LEVELS[:1], **options)
-        for each in (start, torch.zeros_like(start))
+        refine(fixed, moving, (each,), LEVELS[:1], usual) for each in (start, torch.zeros_like(start))
     )
     torch.testing.assert_close(found[0], from_start[0])
     torch.testing.assert_close(found[1], from_nothing[1])
     assert not torch.allclose(from_start[0], from_nothing[0], atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------- whole sets of pairs
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Three pairs of different motion on a grid that no pooling divides."""
+    maps = torch.cat([ball_maps((49, 75), shift) for shift in (0, 3, 0, -2, 1, 0)])
+    labels = maps.round().sum(1).byte().unflatten(0, (3, 2))  # nested, so that their sum is a label map
+    return PairSet(labels, ("background", "shell", "core"), (1.0, 1.0), ("a~b", "c~d", "e~f"))
+
+
+PROFILE = replace(
+    get_profile("quick"),
+    spatial=(48, 80),
+    num_labels=3,
+    registration=settings(instance=(Level(2, 1, 5, 0.2),), baseline=(Level(4, 1, 20, 0.2), Level(2, 1, 20, 0.2))),
+)
+
+
+@pytest.mark.parametrize("by_network", [True, False])
+def test_sets_are_registered_in_parts_and_back_on_their_grid(pairs, by_network, monkeypatch):
+    network = small_network(2) if by_network else None
+    together = registration.register(pairs, PROFILE, network)
+    monkeypatch.setitem(registration.register.__globals__, "VOXELS_AT_ONCE", 2 * 49 * 75)  # two and one
+    in_parts = registration.register(pairs, PROFILE, network)
+    assert together.displacement.shape == together.inverse.shape == (3, 2, 49, 75)
+    torch.testing.assert_close(in_parts.displacement, together.displacement, atol=5e-3, rtol=0)
+
+
+def test_without_a_network_it_is_the_baseline_from_the_identity(pairs):
+    found = registration.register(pairs, PROFILE)
+    before, after = (
+        metrics.dice(image, pairs.fixed, 3).mean() for image in (pairs.moving, found.warp_labels(pairs.moving))
+    )
+    assert after > 0.95 > before
+    assert inverse_error(found) < 0.1
+    swapped = registration.register(pairs.swapped(), PROFILE)
+    torch.testing.assert_close(swapped.displacement, found.inverse, atol=0.02, rtol=0)
+
+
+def test_instance_optimisation_improves_the_answer_of_a_network(pairs):
+    network = small_network(2, trained=False)
+    alone = registration.register(pairs, PROFILE, network, instance=False)
+    assert not alone.both.any()
+    better = registration.register(pairs, PROFILE, network)
+    dice = [metrics.dice(each.warp_labels(pairs.moving), pairs.fixed, 3).mean() for each in (alone, better)]
+    assert dice[1] > dice[0] + 0.02

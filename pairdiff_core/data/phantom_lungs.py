@@ -1,17 +1,17 @@
 """Phantom lungs: vessel trees drawn from curves, breathed in and out along an exactly known displacement.
 
 A *subject* has two lungs, an artery and a vein tree in each. A tree grows from the hilum into points spread evenly
-over the lung: each branch ends half-way to the middle of its points, then the points part across their longest extent,
-and each half gets a branch (after Wang et al., IEEE Trans Biomed Eng 1992, and Tawhai et al., Ann Biomed Eng 2000).
-Branches are curves that leave along their parent and get thinner with every division.
+over the lung: each branch ends half-way to the middle of its points, then the points are halved across their longest
+extent, and each half gets a branch (after Wang et al., IEEE Trans Biomed Eng 1992, and Tawhai et al., Ann Biomed Eng
+2000). Branches are curves that leave along their parent and get thinner with every division.
 
 As in the real pairs the *fixed* image is breathed in and the *moving* one breathed out: the diaphragm rises by up to 24
 voxels, the chest gets flatter and narrower, and each subject has a smooth deviation of its own. The flow along a smooth
 velocity is invertible, and since curves, not voxels, are moved and drawn again, both images are sharp and the
 displacement is known everywhere. Landmarks are branch points.
 
-Millimetres are voxels of the frame of :mod:`pairdiff_core.data.lung250m`, and so are the axes: 0 to the patient's left,
-1 to the back, 2 upwards.
+Millimetres are voxels of the frame in :mod:`pairdiff_core.data.lung_frame`. Its axes run to the patient's left, to the
+back, and upwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pairdiff_core import fields
-from pairdiff_core.data.lung250m import FRAME, LABELS, pooling_factor
+from pairdiff_core.data.lung_frame import FRAME, LABELS, pooling_factor
 from pairdiff_core.pairs import PairSet
 
 NODE_MM = 8  # the displacement is made on a grid of such voxels, fine enough for something so smooth
@@ -32,18 +32,14 @@ SHALLOW_MM, DEEP_MM = 18.0, 24.0  # largest displacement of a subject
 
 MIDDLE = np.array([128.0, 108.0, 125.0])  # between the lungs
 LUNG = np.array([54.0, 84.0, 112.0])  # half the extent of one lung
-APART_MM = 60.0  # from the middle to that of a lung
-HEART, HEART_SIZE = (
-    np.array([142.0, 70.0, 85.0]),
-    np.array([44.0, 52.0, 62.0]),
-)  # a dent in both, more in the left lung
-ROOTS = (
-    (26.0, 98.0, 150.0),
-    (26.0, 116.0, 128.0),
-)  # hilum of artery and vein: mm beside the midline, and places
+APART_MM = 60.0  # from MIDDLE to the middle of one lung
+# centre and half the extent of the heart, a dent in both lungs, larger in the left one
+HEART, HEART_SIZE = np.array([142.0, 70.0, 85.0]), np.array([44.0, 52.0, 62.0])
+# where artery and vein enter a lung: mm beside the midline, then along axes 1 and 2
+ROOTS = ((26.0, 98.0, 150.0), (26.0, 116.0, 128.0))
 
 DIVISIONS = 9  # a tree has 2**DIVISIONS - 1 branches
-POINTS = 4  # that the last branches end in the middle of
+POINTS = 4  # a last branch ends in the middle of that many
 TIP_MM = 1.9  # radius of the last branches, dilated by a voxel as the real ones are
 TAPER = 2**-0.2  # radius of a branch over that of its parent
 LANDMARK_DIVISIONS = (2, 3, 4)  # their ends are landmarks: (4 + 8 + 16) a tree
@@ -58,9 +54,7 @@ class Tree(NamedTuple):
     division: np.ndarray
 
 
-def lung_pairs(
-    number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, first_subject: int = 0
-) -> PairSet:
+def lung_pairs(number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, first_subject: int = 0) -> PairSet:
     """Pairs of the phantom subjects ``first_subject`` to ``first_subject + number - 1``, one pair each.
 
     Args:
@@ -106,16 +100,15 @@ def lung_pairs(
 
 def _breathe_out(generator: torch.Generator) -> torch.Tensor:
     """Displacement from breathed in to breathed out, float (1, 3, *NODES), in voxels of the node grid."""
-    place = fields.resize_points(fields.identity_grid(NODES).movedim(0, -1), NODES, FRAME).movedim(-1, 0)
-    across, back, _ = place - torch.from_numpy(MIDDLE).float().reshape(3, 1, 1, 1)
-    low = (1 - place[2] / FRAME[2]).clamp(0, 1)
+    grid = fields.resize_points(fields.identity_grid(NODES).movedim(0, -1), NODES, FRAME).movedim(-1, 0)
+    across, back, _ = grid - torch.from_numpy(MIDDLE).float().reshape(3, 1, 1, 1)
+    low = (1 - grid[2] / FRAME[2]).clamp(0, 1)
     depth, shift = torch.rand(2, generator=generator).tolist()
     depth = SHALLOW_MM + (DEEP_MM - SHALLOW_MM) * depth
     # relative to the depth: the base rises and the apex sinks, the chest wall moves towards the spine and the middle
-    velocity = torch.stack(
-        [-0.2 * across / MIDDLE[0], -0.3 * back / MIDDLE[1], 1.2 * low - 0.45 + 0.3 * shift]
-    )[None]
-    velocity = velocity + fields.random_velocity(1, NODES, amplitude=0.1, smoothness=8, generator=generator)
+    towards = (-0.2 * across / MIDDLE[0], -0.3 * back / MIDDLE[1], 1.2 * low - 0.45 + 0.3 * shift)
+    own = fields.random_velocity(1, NODES, amplitude=0.1, smoothness=8, generator=generator)
+    velocity = torch.stack(towards)[None] + own
     displacement = fields.exponentiate(velocity)
     for _ in range(2):  # nearly linear, so twice is enough to reach the depth within a few percent
         velocity = velocity * (depth / NODE_MM / displacement.norm(dim=1).max())
@@ -161,9 +154,8 @@ def _grow(points: np.ndarray, start: np.ndarray, direction: np.ndarray, random: 
         last = division == DIVISIONS - 1
         ends = starts + (1 if last else random.uniform(0.4, 0.6, (len(starts), 1))) * (middle - starts)
         lengths = np.linalg.norm(ends - starts, axis=1, keepdims=True)
-        branches.append(
-            Tree(starts, starts + 0.35 * lengths * directions, ends, np.full(len(starts), division))
-        )
+        controls = starts + 0.35 * lengths * directions
+        branches.append(Tree(starts, controls, ends, np.full(len(starts), division)))
         if not last:
             centred = clouds - middle[:, None]
             longest = np.linalg.eigh(centred.swapaxes(1, 2) @ centred)[1][:, :, -1:]  # (B, 3, 1)
@@ -194,9 +186,8 @@ def _draw(centres: np.ndarray, radii: np.ndarray, factor: int) -> torch.Tensor:
         chosen = np.ceil(radii) == reach
         near = np.moveaxis(np.indices([2 * reach + 3] * 3), 0, -1).reshape(-1, 3) - reach - 1
         near = near[(near**2).sum(1) <= (reach + 0.9) ** 2].astype(np.int32)  # voxels around the nearest one
-        for part in np.array_split(
-            np.flatnonzero(chosen), 1 + chosen.sum() * len(near) // 400_000
-        ):  # few MB at once
+        parts = 1 + chosen.sum() * len(near) // 400_000  # few MB at once
+        for part in np.array_split(np.flatnonzero(chosen), parts):
             nearest = np.rint(centres[part]).astype(np.int32)
             offset = (nearest - centres[part]).astype(np.float32)
             squared = sum((offset[:, None, d] + near[None, :, d].astype(np.float32)) ** 2 for d in range(3))

@@ -1,0 +1,103 @@
+"""The synthetic pairs of a run as NIfTI files with a dataset description, for other programs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from pairdiff_core import __version__
+from pairdiff_core.apps.volume_files import write_nifti
+from pairdiff_core.data import grid_affine, label_names
+from pairdiff_core.errors import CheckpointError, DataError
+from pairdiff_core.pipeline import Run, find_model, load_model, open_run
+from pairdiff_core.storage import load_checkpoint
+from pairdiff_core.vqae import decode_labels
+
+AT_ONCE = 4  # pairs that are decoded together
+
+
+def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> int:
+    """Write the synthetic pairs of a run in the form of a Learn2Reg data set; no real data are needed.
+
+    ``imagesTr/<name>_0001_0000.nii.gz`` is the fixed label map of the first pair, ``..._0001.nii.gz`` the moving one:
+    uint8 (X, Y, Z), a slice as (X, Y, 1), placed by :func:`pairdiff_core.data.grid_affine`. ``<name>_dataset.json``
+    has the keys of Learn2Reg's descriptions and ``provenance``; each label map is image and label at once.
+
+    Args:
+        run: a run folder with the stages "vqae" and "synthesis".
+        to: folder to make; it may exist if it is empty.
+        progress: whether to show a bar.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        CheckpointError: if a stage is missing or damaged, or they do not belong together.
+        DataError: if ``to`` is in use or cannot be written; nothing is written then.
+    """
+    work, to = open_run(find_model(run)), Path(to).expanduser()
+    autoencoder, path = load_model(work.path, "vqae"), work.path / "synthesis.safetensors"
+    tensors, description = load_checkpoint(path)
+    if description["config"]["inputs"]["autoencoder"] != autoencoder.fingerprint:
+        raise CheckpointError(
+            f"{path} was made with another autoencoder than {work.path / 'vqae.safetensors'}. Make it again, or copy "
+            "both from one run."
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise DataError(f"{to} exists and is not empty. Give a new folder, or move that one away.")
+    name, pairs, affine = f"PairDiff-{work.dataset}", [], grid_affine(work.dataset, work.profile.spatial)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
+            root = Path(temporary) / "whole"
+            (root / "imagesTr").mkdir(parents=True)
+            bar = tqdm(tensors["tensor"].split(AT_ONCE), unit_scale=AT_ONCE, unit="pair", disable=not progress)
+            for decoded in (pair for tokens in bar for pair in decode_labels(autoencoder.model, tokens)):
+                files = [f"./imagesTr/{name}_{len(pairs) + 1:04d}_{image:04d}.nii.gz" for image in (0, 1)]
+                for file, labels in zip(files, decoded.numpy(), strict=True):
+                    write_nifti(root / file, labels.reshape((*labels.shape, 1)[:3]), affine)
+                pairs.append(files)
+            made_by = description["provenance"] | {"dataset": work.dataset, "config": description["config"]}
+            described = _describe(name, pairs, work) | {"provenance": made_by}
+            (root / f"{name}_dataset.json").write_text(json.dumps(described, indent=1) + "\n")
+            if to.exists():
+                to.rmdir()
+            root.rename(to)
+    except OSError as error:
+        raise DataError(f"{to} could not be written ({error.strerror}). Is the disk full or read-only?") from error
+    return len(pairs)
+
+
+def _describe(name: str, pairs: Sequence[Sequence[str]], run: Run) -> dict[str, Any]:
+    """The dataset description in the form of Learn2Reg."""
+    labels, images = label_names(run.dataset, run.profile.num_labels), [image for pair in pairs for image in pair]
+    described = {
+        "name": name,
+        "release": __version__,
+        "description": f"Synthetic pairs of label maps, made by PairDiff from what it learnt on {run.dataset}: "
+        "no images of anybody. For research and teaching.",
+        "licence": "Apache-2.0, as far as the terms of the data that was learnt from allow",
+        "reference": "M. Heinrich, Unleashing Registration: Diffusion Models for Paired Synthetic 3D Data Generation",
+        "pairings": "paired",
+        "provided_data": {"0": ["image", "label"]},
+        "registration_direction": {"fixed": 0, "moving": 1},
+        "modality": {"0": "label map"},
+        "img_shift": {"fixed": "0000", "moving": "0001"},
+        "labels": {"0": {str(value): label for value, label in enumerate(labels)}},
+        "tensorImageSize": {"0": f"{run.profile.spatial_dims}D"},
+        "tensorImageShape": {"0": [*run.profile.spatial, 1][:3]},
+        "numTraining": len(images),
+        "training": [{"image": image, "label": image} for image in images],
+        "numPairedTraining": len(pairs),
+        "training_paired_images": [{"fixed": fixed, "moving": moving} for fixed, moving in pairs],
+        "numPairedTest": 0,
+        "test_paired_images": [],
+    }
+    for part in ("Test", "Registration_val", "Registration_test"):
+        described |= {f"num{part}": 0, part.lower(): []}
+    return described

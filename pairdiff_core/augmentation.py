@@ -1,0 +1,105 @@
+"""Batches of training pairs, freshly warped at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pairdiff_core import fields
+from pairdiff_core.profiles import Augmentation, Patches
+from pairdiff_core.training import Samples
+
+
+class WarpedPairs:
+    """Batches of pairs of label maps uint8 (batch, 2, *spatial), each freshly warped by :func:`augment`.
+
+    Args:
+        labels: (N, 2, *spatial), as many as ``samples`` has items.
+        samples: which pair comes when.
+        augmentation: None leaves them as they are.
+    """
+
+    def __init__(self, labels: torch.Tensor, samples: Samples, augmentation: Augmentation | None) -> None:
+        self.labels, self.samples, self.augmentation = labels, samples, augmentation
+
+    def __call__(self, step: int) -> torch.Tensor:
+        labels = self.labels[self.samples.chosen(step)]
+        if self.augmentation is None:
+            return labels
+        return augment(labels, self.augmentation, self.samples.generators(step, "warp"))
+
+
+class PatchesOfPairs:
+    """Batches of patches (batch, 2, *size) of warped pairs, ``cuts`` from each batch, at one random location a pair.
+
+    Warping a volume takes longer than a training step on a patch of it, so each is used several times.
+    """
+
+    def __init__(self, volumes: WarpedPairs, patches: Patches) -> None:
+        self.volumes, self.patches = volumes, patches
+        self.round, self.batch = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> torch.Tensor:
+        if self.round != step // self.patches.cuts:
+            self.round = step // self.patches.cuts
+            self.batch = self.volumes(self.round)
+        generators = self.volumes.samples.generators(step, "place")
+        return torch.stack(
+            [cut(pair, self.patches.size, each) for pair, each in zip(self.batch, generators, strict=True)]
+        )
+
+
+def cut(labels: torch.Tensor, size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """A patch (M, *size) of label maps (M, *spatial), all locations equally likely."""
+    free = torch.tensor(labels.shape[1:]) - torch.tensor(size) + 1
+    starts = (torch.rand(len(free), generator=generator) * free).long().tolist()
+    return labels[(..., *(slice(start, start + side) for start, side in zip(starts, size, strict=True)))]
+
+
+def augment(labels: torch.Tensor, augmentation: Augmentation, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Pairs of label maps uint8 (N, 2, *spatial), warped by random affine jitter and a random smooth flow.
+
+    One affine and one flow are common to both images of a pair, which keeps their relation. A second, smaller flow of
+    its own moves each image.
+
+    Args:
+        generators: N, one for each pair.
+    """
+    warped = torch.empty_like(labels)
+    for index, generator in enumerate(generators):  # one at a time: the fields of large volumes add up
+        displacement = _random_warps(labels.shape[2:], augmentation, generator)
+        warped[index] = fields.warp_labels(labels[index], displacement)
+    return warped
+
+
+def _random_warps(spatial: torch.Size, augmentation: Augmentation, generator: torch.Generator) -> torch.Tensor:
+    """Displacements (2, D, *spatial) of the two images of one pair, composed on the coarser grid."""
+    coarse = [size // (augmentation.coarser) for size in spatial]
+    common = _affine_jitter(coarse, augmentation.affine, generator)
+    if augmentation.common > 0:
+        common = fields.compose(common, _random_flow(1, coarse, augmentation.common, augmentation, generator))
+    both = common.expand(2, *common.shape[1:])
+    if augmentation.own > 0:
+        both = fields.compose(both, _random_flow(2, coarse, augmentation.own, augmentation, generator))
+    return both if coarse == list(spatial) else fields.resize_field(both, spatial)
+
+
+def _random_flow(
+    number: int, coarse: Sequence[int], amplitude: float, augmentation: Augmentation, generator: torch.Generator
+) -> torch.Tensor:
+    factor = augmentation.coarser
+    velocity = fields.random_velocity(
+        number, coarse, amplitude=amplitude / factor, smoothness=augmentation.smoothness / factor, generator=generator
+    )
+    return fields.exponentiate(velocity, squarings=4)
+
+
+def _affine_jitter(spatial: Sequence[int], scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Displacement (1, D, *spatial) of an affine map whose entries differ by about ``scale`` from the identity's."""
+    dims = len(spatial)
+    matrix = scale * torch.randn((1, dims, dims), generator=generator)
+    shift = scale * torch.randn((1, dims, 1), generator=generator) * torch.tensor(spatial)[:, None] / 4
+    centre = torch.tensor(spatial).reshape(-1, *[1] * dims) / 2 - 0.5
+    position = (fields.identity_grid(spatial) - centre).flatten(1)  # (D, *s) -> (D, voxels)
+    return (matrix @ position + shift).unflatten(2, tuple(spatial))  # (1, D, voxels) -> (1, D, *s)

@@ -1,0 +1,44 @@
+"""The common frame of all lungs, real and phantom: 256 x 208 x 256 voxels of 1 mm, and its half and quarter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from pairdiff_core.errors import DataError
+
+FRAME = (256, 208, 256)  # voxels
+CANVAS, BORDER = ((352, 256, 352), (48, 32, 48))  # the frame is cut from a centred canvas, not quite in the middle
+FACTORS = (1, 2, 4)  # how many times coarser a grid may be
+LABELS = (("Background", (0, 0, 0)), ("Vessel", (205, 62, 78)))
+
+
+def frame_offset(shape: Sequence[int]) -> tuple[int, ...]:
+    """Where voxel 0 of a volume of this shape lies in the common frame; negative where the frame crops it.
+
+    Add it to voxel coordinates of the volume to get those of the frame.
+    """
+    sizes = zip(CANVAS, shape, BORDER, strict=True)
+    return tuple((canvas - size) // 2 - border for canvas, size, border in sizes)
+
+
+def to_frame(volume: torch.Tensor) -> torch.Tensor:
+    """A volume (H, W, D), padded with zeros or cropped to the common frame (256, 208, 256)."""
+    before = frame_offset(volume.shape)
+    after = [frame - size - pad for frame, size, pad in zip(FRAME, volume.shape, before, strict=True)]
+    pads = [pad for axis in (2, 1, 0) for pad in (before[axis], after[axis])]  # the last axis comes first
+    return F.pad(volume, pads)
+
+
+def pooling_factor(spatial: Sequence[int]) -> int:
+    """How many times coarser than the common frame a grid is: 1, 2 or 4.
+
+    Raises:
+        DataError: for another grid; its voxels would not be blocks of those of the frame.
+    """
+    grids = {tuple(size // factor for size in FRAME): factor for factor in FACTORS}
+    if tuple(spatial) not in grids:
+        raise DataError(f"the lungs come on the grids {', '.join(map(str, grids))}, not on {tuple(spatial)}")
+    return grids[tuple(spatial)]

@@ -1,0 +1,17 @@
+"""What a user can cause and mend: the command line reports these in one line and ends with 1."""
+
+
+class PairDiffError(Exception):
+    """The message names the file or setting that is wrong and says what to do."""
+
+
+class DataError(PairDiffError, ValueError):
+    """Data that is missing or not as it should be."""
+
+
+class CheckpointError(PairDiffError, RuntimeError):
+    """A checkpoint or run folder that cannot be written, read or used."""
+
+
+class FetchError(PairDiffError, RuntimeError):
+    """A download or its unpacking failed."""

@@ -1,0 +1,13 @@
+"""The figures and animations of the book, in one style.
+
+``show_...`` draws one image on a given Axes; ``..._figure`` returns a finished Figure, ``..._animation`` a player for a
+notebook. Fixed is blue and moving is orange, everywhere. Figures are already closed for pyplot: a notebook shows the
+one that a cell returns, once.
+"""
+
+from .animations import slices_animation, slices_widget, unmasking_animation, warp_animation
+from .curves import area_figure, codebook_figure, dice_figure, error_curves_figure, memorisation_figure, training_curve
+from .players import player
+from .slices import pair_figure, pairs_figure, registration_figure, show_grid, show_labels, show_overlap, show_tokens
+from .style import FIXED, GREEN, GREY, LINES, METHODS, MOVING, VERMILION, closed_figure, structure_of, use_style
+from .volumes import displacement_figure, landmark_figure, projections_figure, show_projection, volume_pair_figure

@@ -1,0 +1,161 @@
+"""Figures that move: players for slices and volumes, and a widget to browse the slices of a volume."""
+
+import io
+
+import ipywidgets
+import numpy as np
+import torch
+from IPython.display import HTML
+from matplotlib.colors import to_rgb
+from PIL import Image, ImageOps
+
+from pairdiff_core.figures import slices, volumes
+from pairdiff_core.figures.images import field_of_view, image_figure, warped
+from pairdiff_core.figures.players import player
+from pairdiff_core.figures.style import FIXED, MASKED, MOVING, legend_below
+from pairdiff_core.pairs import PairSet
+
+FRAMES = 24  # at most, in a player of tokens
+PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB
+WIDGET_SLICES = 12
+WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels a voxel
+BLENDS = 5  # images from fixed to warped in the widget
+
+
+def unmasking_animation(states: torch.Tensor, mask_token: int, grid: tuple[int, int], pairs: PairSet) -> HTML:
+    """A player that shows how an all-masked grid of tokens is unmasked, and the pair of images with it.
+
+    Args:
+        states: integers (S, L), one sequence after each of S sampling steps; at most FRAMES of them are shown.
+        mask_token: the integer that stands for a masked token.
+        grid: (H, W) with L = H * W, the order of the tokens.
+        pairs: the pair that the last state decodes to; its images are uncovered with their tokens.
+    """
+    chosen = torch.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().long()
+    shown = states[chosen].cpu().reshape(-1, *grid)  # (frames, H, W)
+    width, height = field_of_view(pairs)
+    figure, [[tokens, *images]] = image_figure([width] * 3, [height])
+    covers = []
+    for ax, image, title, colour in zip(images, pairs.labels[0], ("fixed", "moving"), (FIXED, MOVING), strict=True):
+        slices.show_labels(ax, image, pairs, title, colour, marks=title == "fixed")
+        cover = np.full((grid[1], grid[0], 3), to_rgb(MASKED))  # one pixel a token, over the field of view
+        extent = (*ax.get_xlim(), *ax.get_ylim())
+        covers.append(ax.imshow(cover, extent=extent, aspect=ax.get_aspect(), zorder=1.5))
+
+    def draw(frame: int) -> None:
+        masked = (shown[frame] == mask_token).numpy()
+        tokens.clear()
+        title = f"step {int(chosen[frame])}: {masked.mean():.0%} masked"
+        slices.show_tokens(tokens, shown[frame], mask_token, title)
+        tokens.set_aspect(height / width * grid[0] / grid[1])  # the same field of view as the images
+        for cover in covers:
+            cover.set_alpha(masked.T.astype(float))
+
+    return player(figure, draw, len(shown), "Tokens are unmasked step by step until none is masked.")
+
+
+def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> HTML:
+    """A player that warps the moving image onto the fixed one: it follows t * u as t goes from 0 to 1.
+
+    Args:
+        displacement: float (N, 2, H, W), voxels, fixed to moving, one for each pair of the set.
+    """
+    times = np.linspace(0, 1, 11)
+    width, height = field_of_view(pairs)
+    figure, [axes] = image_figure([width] * 2, [height])
+    legend_below(figure, 2, {"fixed": FIXED, "moving, warped": MOVING})
+
+    def draw(frame: int) -> None:
+        t = float(times[frame])
+        for ax in axes:
+            ax.clear()
+        moved = warped(pairs, index, t * displacement[index])
+        title = f"moving, warped: t = {t:.1f}"
+        slices.show_labels(axes[0], moved, pairs, title, MOVING, marks=True)
+        slices.show_overlap(axes[1], pairs.fixed[index], moved, pairs, "outlines")
+
+    return player(figure, draw, len(times), "The moving image is warped onto the fixed one.", mode="reflect")
+
+
+def slices_animation(
+    pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None, plane: str = "coronal"
+) -> HTML:
+    """A player with a slider that goes through the slices of a pair: both images before, and after registration.
+
+    Args:
+        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving; None shows only the pair as it is.
+    """
+    panels = {"": volumes.classes(*pairs.labels[index])}
+    if displacement is not None:
+        after = volumes.classes(pairs.fixed[index], warped(pairs, index, displacement))
+        panels = {"before": panels[""], "after": after}
+    positions = volumes.slices_with_vessels(pairs, index, plane, PLAYER_SLICES)
+    figure, [axes] = volumes.planes_figure(pairs, [plane] * len(panels))
+    figure.set_figheight(figure.get_figheight() + 0.3)
+    volumes.classes_legend(figure, "moving" if displacement is None else "moving or warped")
+    above = figure.suptitle(" ")
+
+    def draw(frame: int) -> None:
+        above.set_text(volumes.slice_position(pairs, plane, positions[frame]))
+        for ax, (when, classes) in zip(axes, panels.items(), strict=True):
+            ax.clear()
+            volumes.show_slice(ax, classes, pairs, plane, positions[frame], when)
+
+    alt = f"The {plane} slices of a pair of volumes, one after the other."
+    return player(figure, draw, len(positions), alt)
+
+
+def slices_widget(
+    pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None, plane: str = "coronal"
+) -> ipywidgets.VBox:
+    """A widget with two sliders: browse the slices, and blend from the fixed image to the warped one.
+
+    Every image is made beforehand and the sliders are linked in the browser, so the widget works in JupyterLab and
+    equally well in a static page without a kernel.
+
+    Args:
+        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving; None blends to the moving image.
+        plane: one of volumes.PLANES.
+    """
+    view, mm = volumes.PLANES[plane], field_of_view(pairs)
+    moving = pairs.moving[index] if displacement is None else warped(pairs, index, displacement)
+    classes = volumes.classes(pairs.fixed[index], moving)
+    positions = volumes.slices_with_vessels(pairs, index, plane, WIDGET_SLICES)
+    across = pairs.spatial[view.across]
+    times = min(8, -(-WIDGET_PIXELS // across))  # pixels a voxel
+    width, height = times * across, round(times * across * mm[view.along] / mm[view.across])
+    layout = ipywidgets.Layout(width=f"{width}px", height=f"{height}px")
+    leaf, blend = (
+        ipywidgets.IntSlider(n // 2, 0, n - 1, description=name, readout=False, layout={"width": "320px"})
+        for name, n in (("slice", len(positions)), ("blend", BLENDS))
+    )
+    pages = []
+    for position in positions:
+        shown = classes.take(position, view.depth)
+        pngs = [_blended_png(shown, share, view.upward, times) for share in np.linspace(0, 1, BLENDS)]
+        images = [ipywidgets.Image(value=png, layout=layout) for png in pngs]
+        stack = ipywidgets.Stack(images, selected_index=blend.value)
+        ipywidgets.jslink((blend, "value"), (stack, "selected_index"))
+        pages.append(ipywidgets.VBox([stack, ipywidgets.Label(volumes.slice_position(pairs, plane, position))]))
+    book = ipywidgets.Stack(pages, selected_index=leaf.value)
+    ipywidgets.jslink((leaf, "value"), (book, "selected_index"))
+    left, right, top, bottom = (ipywidgets.HTML(f"<b>{letter}</b>") for letter in view.letters)
+    centred = {"align_items": "center"}
+    middle = ipywidgets.HBox([left, book, right], layout=centred)
+    last = "moving" if displacement is None else "warped"
+    ends = ipywidgets.HBox([blend, ipywidgets.Label(f"from fixed to {last}; dark where both have a vessel")])
+    image = ipywidgets.VBox([top, middle, bottom], layout=centred)
+    return ipywidgets.VBox([leaf, ends, image], layout={"align_items": "flex-start"})
+
+
+def _blended_png(classes: np.ndarray, share: float, upward: bool, times: int) -> bytes:
+    """Classes (across, along) as a PNG of four colours: fixed at a strength of 1 - share, moving at ``share``."""
+    strength = np.array([0.0, min(1.0, 2 * (1 - share)), min(1.0, 2 * share), 1.0])
+    colours = 1 - strength[:, None] * (1 - volumes.CLASSES)
+    if share in (0.0, 1.0):  # one image alone: where both have a vessel, it has the colour of that image
+        colours[3] = colours[1 + int(share)]
+    image = Image.fromarray(np.ascontiguousarray(classes.T[:: -1 if upward else 1]))
+    image.putpalette((255 * colours).round().astype(np.uint8).flatten().tolist())
+    out = io.BytesIO()
+    ImageOps.scale(image, times, Image.Resampling.NEAREST).save(out, "PNG", optimize=True, bits=2)
+    return out.getvalue()

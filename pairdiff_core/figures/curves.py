@@ -1,0 +1,145 @@
+"""Figures of measured numbers: training curves, overlaps, sizes, codes, distances and landmark errors."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from pairdiff_core.figures.style import GREEN, GREY, LINES, METHODS, closed_figure, legend_below, structure_of
+
+
+def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
+    """What was logged during training, one panel a quantity.
+
+    Args:
+        history: "step" and named numbers of each logged step, as ``training.fit`` returns them.
+    """
+    names = [name for name in history[0] if name != "step"]
+    columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure, axes = closed_figure(rows, columns, (max(4.5, 3.0 * columns), 2.3 * rows + 0.3))
+    steps = [entry["step"] for entry in history]
+    for ax, name in zip(axes.flat, names, strict=False):
+        values = np.array([entry.get(name, np.nan) for entry in history])
+        ax.plot(steps, values, color=GREEN)
+        if (values > 0).all() and values.max() > 30 * values.min():
+            ax.set_yscale("log")
+        ax.set(title=name.replace("_", " "), xlabel="step")
+        ax.grid(axis="y")
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -> Figure:
+    """Dice of each structure for several methods, and their mean.
+
+    Args:
+        table: method to Dice, float (C - 1,) or (N, C - 1), 0 to 1; NaN is left out of the means. The order decides
+            a method's colour and marker: before, baseline, real, synthetic is the book's.
+        label_names: C names, the background's first. Left and right are averaged.
+    """
+    members: dict[str, list[int]] = {}
+    for label, name in enumerate(label_names[1:]):
+        members.setdefault(structure_of(name), []).append(label)
+    figure, [[ax]] = closed_figure(1, 1, (7.5, 0.3 * len(members) + 1.1))
+    for (method, values), (colour, marker) in zip(table.items(), cycle(METHODS), strict=False):
+        dice = values.detach().cpu().double().reshape(-1, len(label_names) - 1)
+        means = [dice.nanmean(1).nanmean(), *(dice[:, labels].nanmean() for labels in members.values())]
+        ax.plot(means, range(len(means)), marker, color=colour, label=method, clip_on=False, zorder=3)
+    ax.set(xlabel="Dice", xlim=(0, 1), ylim=(len(members) + 0.5, -0.5))
+    ax.set_yticks(range(len(members) + 1), ["all structures", *(name.replace("-", " ") for name in members)])
+    ax.get_yticklabels()[0].set_fontweight("bold")
+    ax.axhline(0.5, color=GREY, linewidth=0.8)
+    ax.grid()
+    ax.tick_params(length=0, pad=8)
+    ax.spines[:].set_visible(False)
+    legend_below(figure, columns=len(table))
+    return figure
+
+
+def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Sizes of the structures in real and in synthetic images: mean and standard deviation over the images.
+
+    Both are in percent of the real images' mean, as structures differ in size by a factor of a hundred.
+
+    Args:
+        rows: the table of ``metrics.compare_areas``; a structure that no real image has is left empty.
+    """
+    figure, [[ax]] = closed_figure(1, 1, (7.5, 0.28 * len(rows) + 0.9))
+    percent = np.array([row["real_mean"] or np.nan for row in rows]) / 100
+    for kind, (colour, marker), shift in (("real", METHODS[2], -0.15), ("synthetic", METHODS[3], 0.15)):
+        mean, sd = (np.array([row[f"{kind}_{what}"] for row in rows]) / percent for what in ("mean", "sd"))
+        rows_at = np.arange(len(rows)) + shift
+        ax.errorbar(mean, rows_at, xerr=sd, fmt=marker, color=colour, label=kind, markersize=5, elinewidth=1.5)
+    ax.set(xlabel="size in % of the real mean, and standard deviation", xlim=(0, None))
+    ax.set_yticks(range(len(rows)), [str(row["structure"]).replace("-", " ") for row in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.grid(axis="x")
+    ax.tick_params(axis="y", length=0)
+    legend_below(figure, columns=2)
+    return figure
+
+
+def codebook_figure(counts: torch.Tensor) -> Figure:
+    """How often each code is used, from the most to the least frequent.
+
+    Args:
+        counts: integers (K,), as in ``metrics.codebook_use(...).counts``.
+    """
+    share = 100 * counts.sort(descending=True).values.double().cpu().numpy() / max(1, int(counts.sum()))
+    figure, [[ax]] = closed_figure(1, 1, (7.5, 2.8))
+    ax.stairs(share, fill=True, color=GREEN)
+    ax.axhline(100 / len(share), color=LINES, linewidth=1, linestyle="--", label="if all were equally frequent")
+    ax.set(xlim=(0, len(share)), ylim=(0, None), xlabel="code, by frequency", ylabel="% of the tokens")
+    ax.set_title(f"{int((counts > 0).sum())} of {len(share)} codes in use")
+    ax.legend()
+    return figure
+
+
+def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tensor, threshold: float) -> Figure:
+    """Distances to the nearest training pair, of synthetic samples and of held-out real pairs.
+
+    Args:
+        distances, held_out_distances, threshold: fields of ``metrics.memorisation_audit(...)``, 0 to 1.
+    """
+    figure, [[ax]] = closed_figure(1, 1, (7.5, 3.0))
+    named = {"held-out real pairs": held_out_distances.cpu(), "synthetic pairs": distances.cpu()}
+    bins = np.linspace(0, max(0.1, 1.02 * float(torch.cat(list(named.values())).max())), 50)
+    for (name, values), (colour, _) in zip(named.items(), METHODS[2:4], strict=True):
+        weights = np.full(len(values), 100 / len(values))
+        ax.hist(values.numpy(), bins, weights=weights, color=colour, alpha=0.6, label=name)
+    ax.axvline(threshold, color=LINES, ls="--", linewidth=1.2, label="5 % of the held-out pairs are nearer")
+    ax.set(xlim=(0, None), xlabel="voxels that differ from the nearest training pair (share)", ylabel="% of the pairs")
+    ax.legend(loc="upper left")
+    return figure
+
+
+def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
+    """Cumulative landmark errors: for each method, the share of landmarks that are at most x mm off.
+
+    Args:
+        errors: method to target registration errors, float (K,), mm, such as
+            ``metrics.target_registration_error`` gives; K may differ. The order decides a method's colour and marker.
+            The marker is the median. The axis ends where 99 % of the landmarks of each method are shown.
+    """
+    figure, [[ax]] = closed_figure(1, 1, (7.5, 3.6))
+    end = 1e-6
+    for (method, values), (colour, marker) in zip(errors.items(), cycle(METHODS), strict=False):
+        if not len(values):
+            raise ValueError(f"there are no landmark errors of {method!r}")
+        mm = values.double().numpy(force=True)
+        median, end = np.median(mm), max(end, np.quantile(mm, 0.99))
+        ax.ecdf(mm, color=colour)
+        ax.plot(median, 0.5, marker, ms=8, color=colour, label=f"{method}: median {median:.1f} mm", zorder=3)
+    ax.axhline(0.5, color=LINES, linewidth=0.8, linestyle="--", zorder=0)
+    ax.set(xlim=(0, end), ylim=(0, 1), xlabel="target registration error, mm", ylabel="% of the landmarks within")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    ax.grid()
+    ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
+    return figure

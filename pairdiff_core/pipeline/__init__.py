@@ -1,0 +1,18 @@
+"""The method as a pipeline: a run, its five stages, pretrained models, and measuring."""
+
+from .evaluate import describe_denoiser, describe_synthetic, describe_vqae, evaluate, measure, methods, score, summarise
+from .pretrained import Trained, find_model, load_model, new_denoiser, new_registration, new_vqae, pretrained_models
+from .run import Run, open_run
+from .stages import (
+    StageResults,
+    Training,
+    decode_pairs,
+    encode_training_pairs,
+    load_or_make,
+    load_or_train,
+    run_stages,
+    synthesise,
+    train_denoiser,
+    train_registration,
+    train_vqae,
+)

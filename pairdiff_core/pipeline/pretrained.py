@@ -1,0 +1,146 @@
+"""Finding and loading trained models without data: of a run folder, or of the project's pretrained models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pairdiff_core.absorbing import Denoiser
+from pairdiff_core.errors import CheckpointError
+from pairdiff_core.pipeline.run import open_run
+from pairdiff_core.profiles import Profile, trained_settings
+from pairdiff_core.registration import RegistrationNetwork
+from pairdiff_core.storage import check_config, fingerprint, load_into
+from pairdiff_core.training import History, best_device
+from pairdiff_core.vqae import PairedVQAE
+
+MODELS = Path(__file__).parents[2] / "models"  # in a checkout; an installed package has none
+
+
+def new_vqae(profile: Profile) -> PairedVQAE:
+    """The untrained autoencoder of a profile."""
+    return PairedVQAE(profile.vqae, profile.spatial_dims, profile.num_labels)
+
+
+def new_denoiser(profile: Profile) -> Denoiser:
+    """The untrained denoiser for the tokens of that autoencoder."""
+    with torch.device("meta"):  # only its sizes are asked
+        grid = new_vqae(profile).token_grid(profile.spatial)
+    return Denoiser(profile.denoiser, profile.vqae.codes, grid)
+
+
+def new_registration(profile: Profile) -> RegistrationNetwork:
+    """The untrained registration network of a profile."""
+    return RegistrationNetwork(profile.registration, profile.spatial_dims, profile.num_labels - 1)
+
+
+NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
+    "vqae": new_vqae,
+    "denoiser": new_denoiser,
+    "registration": new_registration,
+}
+
+
+class Trained(NamedTuple):
+    """A trained model and how it came to be."""
+
+    model: nn.Module  # on the device that computes, in evaluation mode
+    history: History
+    seconds: float  # of training
+    loaded: bool  # found, not trained just now
+    fingerprint: str  # of the weights
+
+
+def stage_of(name: str) -> str:
+    """The stage of a result: "registration" for "registration-real"."""
+    return name.split("-")[0]
+
+
+def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None = None) -> Trained:
+    """A trained model from its checkpoint; no data are needed.
+
+    Args:
+        path: such as ``vqae.safetensors``; its name says which stage it is of.
+        profile: whose settings of that stage it must have been trained with.
+        inputs: what it must have been trained on; None: anything.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or was made with other settings or inputs.
+    """
+    stage = stage_of(path.stem)
+    model = NEW_MODEL[stage](profile)
+    description = load_into(model, path)
+    now = {"settings": trained_settings(getattr(profile, stage)), "inputs": inputs}
+    if inputs is None:
+        now["inputs"] = description["config"].get("inputs")
+    check_config(path, description["config"], now)
+    return as_trained(model, description, loaded=True)
+
+
+def as_trained(model: nn.Module, description: dict, *, loaded: bool) -> Trained:
+    """A model with its description as a :class:`Trained`."""
+    model.to(best_device()).eval()
+    weights = fingerprint(*model.state_dict().values())
+    return Trained(model, description["history"], description["seconds"], loaded, weights)
+
+
+def load_model(folder: str | Path, name: str) -> Trained:
+    """The model ``name``, such as "vqae" or "registration-real", of a run folder or pretrained model.
+
+    Raises:
+        CheckpointError: as :func:`load_trained`; if there is no such network, the message lists those there are.
+    """
+    folder = Path(folder)
+    profile, path = open_run(folder).profile, folder / f"{name}.safetensors"
+    stage = stage_of(name)
+    if not path.is_file():
+        found = sorted(file.stem.removeprefix(f"{stage}-") for file in folder.glob(f"{stage}*.safetensors"))
+        raise CheckpointError(
+            f"{folder} holds no {name}; of this stage it holds: {', '.join(found) or 'none'}. Choose by --network, or "
+            "train it."
+        )
+    return load_trained(path, profile)
+
+
+def pretrained_models() -> list[Path]:
+    """The folders of pretrained models: in the folder that PAIRDIFF_MODELS names, then in the project's ``models``."""
+    places = [Path(place) for place in (os.environ.get("PAIRDIFF_MODELS"), MODELS) if place]
+    return [file.parent for place in places for file in sorted(place.glob("*/config.json"))]
+
+
+def find_model(run: str | Path) -> Path:
+    """The folder that ``run`` means: that folder itself, else the pretrained model of that name ("oasis2d-laptop").
+
+    Raises:
+        CheckpointError: if there is neither; the message lists the pretrained models.
+    """
+    if Path(run).is_dir():
+        return Path(run)
+    models = {folder.name: folder for folder in reversed(pretrained_models())}
+    if str(run) not in models:
+        raise CheckpointError(
+            f"{run} is no folder and no pretrained model. Give a run folder or one of: {', '.join(sorted(models))}."
+        )
+    return models[str(run)]
+
+
+def chosen_model(dataset: str, profile: Profile, name: str) -> Path | None:
+    """The checkpoint in the models that PAIRDIFF_MODELS names which takes the place of a training, if there is one.
+
+    Raises:
+        CheckpointError: if PAIRDIFF_MODELS names no folder.
+    """
+    folder = os.environ.get("PAIRDIFF_MODELS")
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"PAIRDIFF_MODELS is {folder!r}, which is no folder. Name the project's folder models, or unset it."
+        )
+    path = Path(folder) / f"{dataset}-{profile.name}" / f"{name}.safetensors"
+    return path if path.exists() else None

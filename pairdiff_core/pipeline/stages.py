@@ -1,0 +1,286 @@
+"""The five stages of the method: autoencoder, tokens, denoiser, synthetic pairs, registration.
+
+Each one loads its result from the run folder, or makes it and keeps it there. A result that was made with other
+settings, data or earlier stages is refused, never mixed in.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pairdiff_core import absorbing, registration, vqae
+from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs, augment
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.pipeline.pretrained import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
+from pairdiff_core.pipeline.run import Run
+from pairdiff_core.profiles import STAGES, trained_settings
+from pairdiff_core.storage import (
+    Progress,
+    add_provenance,
+    check_config,
+    fingerprint,
+    load_checkpoint,
+    provenance,
+    save_checkpoint,
+    write_log,
+)
+from pairdiff_core.training import Samples, best_device, distributed, fit, generator, new_fabric, precision
+
+PAIRS_IN_A_SHARD = 8  # of synthetic tokens: the unit of work that is kept or done again
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage that trains a model.
+
+    Attributes:
+        name: of its checkpoint, such as "registration-real"; what stands before the hyphen is the stage.
+        inputs: fingerprints of what it is trained on.
+        loss: from (model, batch) to named scalars.
+        batches: from the number of a step to its batch.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    loss: Callable[[nn.Module, Any], dict[str, torch.Tensor]]
+    batches: Callable[[int], Any]
+
+
+# ---------------------------------------------------------------------------------------------- the stages
+
+
+def train_vqae(run: Run) -> Trained:
+    """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook."""
+    settings, pairs = run.profile.vqae, run.train
+    samples = Samples(len(pairs), settings.batch, run.seed_of("vqae"))
+    batches = WarpedPairs(pairs.labels, samples, settings.augmentation)
+    if settings.patches is not None:
+        batches = PatchesOfPairs(batches, settings.patches)
+    loss = partial(vqae.training_loss, codes=settings.codes)
+    return load_or_train(run, Training("vqae", {"pairs": fingerprint(pairs.labels)}, loss, batches))
+
+
+def encode_training_pairs(run: Run, autoencoder: Trained) -> torch.Tensor:
+    """Stage 2: tokens int16 (copies * N, *grid) of the N training pairs; the first N as they are, then fresh warps."""
+    pairs, copies, seed = run.train, run.profile.denoiser.copies, run.seed_of("tokens")
+
+    at_once = vqae.pairs_at_once(pairs.spatial)
+
+    def encode_copy(copy: int) -> torch.Tensor:
+        parts = []
+        for first in range(0, len(pairs), at_once):
+            labels = pairs.labels[first : first + at_once]
+            if copy:
+                numbers = range(first + copy * len(pairs), first + copy * len(pairs) + len(labels))
+                generators = [generator(seed, "warp", number) for number in numbers]
+                labels = augment(labels, run.profile.vqae.augmentation, generators)
+            parts.append(vqae.encode_pairs(autoencoder.model, labels))
+        return torch.cat(parts)
+
+    inputs = {"pairs": fingerprint(pairs.labels), "autoencoder": autoencoder.fingerprint, "copies": copies}
+    return load_or_make(run, "tokens", inputs, encode_copy, copies)
+
+
+def train_denoiser(run: Run, tokens: torch.Tensor) -> Trained:
+    """Stage 3: the denoiser, on tokens int (N, *grid)."""
+    sequences = tokens.flatten(1)  # (N, *grid) -> (N, L)
+    samples = Samples(len(sequences), run.profile.denoiser.batch, run.seed_of("denoiser"))
+
+    def batch(step: int) -> absorbing.Batch:
+        chosen, generators = sequences[samples.chosen(step)], samples.generators(step, "mask")
+        return absorbing.training_batch(chosen, run.profile.vqae.codes, generators)
+
+    inputs = {"tokens": fingerprint(tokens)}
+    return load_or_train(run, Training("denoiser", inputs, absorbing.training_loss, batch))
+
+
+def synthesise(run: Run, autoencoder: Trained, denoiser: Trained) -> torch.Tensor:
+    """Stage 4: tokens int16 (N, *grid) of synthetic pairs. The tokens *are* the set; :func:`decode_pairs` decodes."""
+    settings, model, device = run.profile.synthesis, denoiser.model, best_device()
+
+    def sample_shard(shard: int) -> torch.Tensor:
+        number = min(PAIRS_IN_A_SHARD, settings.pairs - shard * PAIRS_IN_A_SHARD)
+        random = generator(run.seed_of("synthesis"), "shard", shard, device=device)
+        with new_fabric("synthesis" in run.profile.mixed_precision).autocast():
+            tokens = absorbing.sample(
+                model, number, model.length, model.mask_token, random,
+                settings.steps, settings.temperature, settings.schedule,
+            )  # fmt: skip
+        return tokens.unflatten(1, model.grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
+
+    inputs = {"autoencoder": autoencoder.fingerprint, "denoiser": denoiser.fingerprint}
+    return load_or_make(run, "synthesis", inputs, sample_shard, -(-settings.pairs // PAIRS_IN_A_SHARD))
+
+
+def decode_pairs(run: Run, autoencoder: Trained, tokens: torch.Tensor) -> PairSet:
+    """Tokens int (N, *grid) as a PairSet with the labels, spacing and colours of the run's data."""
+    names = tuple(f"synthetic_{index:04d}_fixed~synthetic_{index:04d}_moving" for index in range(len(tokens)))
+    labels = vqae.decode_labels(autoencoder.model, tokens)
+    return replace(run.train, labels=labels, names=names, displacement=None, landmarks=None)
+
+
+def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = False) -> Trained:
+    """Stage 5: the registration network, on any pairs.
+
+    Args:
+        pairs: real or synthetic ones.
+        name: of the result in the run folder, such as "real" or "synthetic".
+        warped: whether each batch is freshly warped, as the profile says.
+    """
+    settings = run.profile.registration
+    samples = Samples(len(pairs), settings.batch, run.seed_of("registration"))
+    augmentation = (settings.augmentation or run.profile.vqae.augmentation) if warped else None
+    loss = partial(registration.training_loss, num_labels=pairs.num_labels, settings=settings)
+    inputs = {"pairs": fingerprint(pairs.labels), "warped": warped}
+    batches = WarpedPairs(pairs.labels, samples, augmentation)
+    return load_or_train(run, Training(f"registration-{name}", inputs, loss, batches))
+
+
+class StageResults(NamedTuple):
+    """What the stages of a run have made; None or empty for the stages that were not asked for."""
+
+    autoencoder: Trained
+    tokens: torch.Tensor | None
+    denoiser: Trained | None
+    synthetic: PairSet | None
+    networks: dict[str, Trained]  # trained on "real" and on "synthetic" pairs, and on each under fresh warps
+
+
+def run_stages(run: Run, last: str = "registration") -> StageResults:
+    """Run, or load, the stages of a run in their order, up to the ``last`` of ``STAGES``.
+
+    Raises:
+        CheckpointError, Paused: as :func:`load_or_train`.
+    """
+    number = STAGES.index(last)
+    autoencoder = train_vqae(run)
+    tokens = encode_training_pairs(run, autoencoder) if number >= 1 else None
+    denoiser = train_denoiser(run, tokens) if number >= 2 else None
+    synthetic, networks = None, {}
+    if number >= 3:
+        synthetic = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser))
+    if number >= 4:
+        for name, pairs in {"real": run.train, "synthetic": synthetic}.items():
+            networks[name] = train_registration(run, pairs, name)
+            networks[f"{name}, warped"] = train_registration(run, pairs, f"{name}-warped", warped=True)
+    return StageResults(autoencoder, tokens, denoiser, synthetic, networks)
+
+
+# ------------------------------------------------------------------------------------------- load or make
+
+
+def load_or_train(run: Run, training: Training) -> Trained:
+    """The model of a stage: from the run folder, else a pretrained one (PAIRDIFF_MODELS), else trained and saved now.
+
+    A pretrained model may come from other data than the run's, so a printed line says that it was taken.
+
+    Raises:
+        CheckpointError: if a checkpoint is damaged, was made with other settings or inputs, or cannot be written, or
+            another process works in the folder. What is there stays as it is.
+        Paused: if the run was asked to pause; the next call goes on from there.
+    """
+    name, stage, path = training.name, stage_of(training.name), run.path / f"{training.name}.safetensors"
+    if path.exists():
+        (run.path / f"{name}.progress").unlink(missing_ok=True)  # of a process killed before it could do so
+        _say(f"{name}: found in {run.path.name}, not trained again")
+        return load_trained(path, run.profile, training.inputs)
+    pretrained = chosen_model(run.dataset, run.profile, name)
+    if pretrained is not None:
+        _say(f"{name}: not trained here but taken from {pretrained}")
+        return load_trained(pretrained, run.profile)
+    settings = getattr(run.profile, stage)
+    config = {"settings": trained_settings(settings), "inputs": training.inputs}
+    with run.working(), torch.random.fork_rng():
+        torch.manual_seed(run.seed_of(name))
+        model, allowed = NEW_MODEL[stage](run.profile), stage in run.profile.mixed_precision
+        progress = Progress(run.path / f"{name}.progress", config | {"processes": distributed.count()}, run.saving)
+        fabric = new_fabric(allowed)
+        history = fit(
+            model, training.loss, training.batches, settings,
+            seed=run.seed_of(stage), fabric=fabric, progress=progress, description=name,
+        )  # fmt: skip
+        description = _description(run, name, config, progress.seconds) | {"history": history}
+        if fabric.is_global_zero:
+            write_log(run.path, name, history)
+            save_checkpoint(path, model.state_dict(), description)
+            progress.path.unlink(missing_ok=True)
+        fabric.barrier()
+    _say(f"{name}: trained in {description['seconds']:.0f} s")
+    return as_trained(model, description, loaded=False)
+
+
+def load_or_make(
+    run: Run, name: str, inputs: dict[str, Any], make: Callable[[int], torch.Tensor], shards: int
+) -> torch.Tensor:
+    """The tensor that the checkpoint ``name`` in the run folder holds; made and saved there if there is none.
+
+    It is made in shards, which several processes share and an interruption does not lose.
+
+    Args:
+        inputs: everything that the tensor depends on beside the settings of the stage.
+        make: from the number of a shard, 0 to ``shards - 1``, to that shard, which depends on nothing else; one
+            behind the other they are the tensor.
+
+    Raises:
+        CheckpointError, Paused: as :func:`load_or_train`.
+    """
+    path, folder = run.path / f"{name}.safetensors", run.path / f"{name}.shards"
+    settings = getattr(run.profile, name, None)
+    config = {"settings": trained_settings(settings) if settings else {}, "inputs": inputs}
+    found = path.exists()
+    if not found:
+        with run.working():
+            _make_shards(run, name, config, make, [folder / f"{shard:04d}" for shard in range(shards)])
+    tensors, description = load_checkpoint(path)
+    check_config(path, description["config"], config)
+    shutil.rmtree(folder, ignore_errors=True)
+    _say(f"{name}: " + (f"found in {run.path.name}" if found else f"made in {description['seconds']:.0f} s"))
+    return tensors["tensor"]
+
+
+def _make_shards(
+    run: Run, name: str, config: dict[str, Any], make: Callable[[int], torch.Tensor], files: list[Path]
+) -> None:
+    """Make this process's share of the shards, each a file; when all are there, the first process joins them."""
+    for shard in range(0, len(files), distributed.count()):
+        run.pause_if_asked(name)
+        mine = shard + distributed.rank()
+        if mine < len(files) and not files[mine].exists():
+            started = time.monotonic()
+            tensor = make(mine)
+            save_checkpoint(files[mine], {"tensor": tensor}, {"config": config, "seconds": time.monotonic() - started})
+    run.pause_if_asked(name)  # which is also where each process waits for the others
+    if distributed.rank() == 0:
+        parts = [load_checkpoint(file) for file in files]
+        for file, (_, description) in zip(files, parts, strict=True):
+            check_config(file, description["config"], config)
+        seconds = sum(description["seconds"] for _, description in parts) / distributed.count()
+        tensor = torch.cat([tensors["tensor"] for tensors, _ in parts])
+        path, description = run.path / f"{name}.safetensors", _description(run, name, config, seconds)
+        save_checkpoint(path, {"tensor": tensor}, description)
+        shutil.rmtree(files[0].parent)
+    distributed.any_of(False)  # wait for the first process
+
+
+def _description(run: Run, name: str, config: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What a checkpoint says about itself; written into the run's ``provenance.json``, too."""
+    bfloat16 = stage_of(name) in run.profile.mixed_precision
+    made_by = provenance(run.profile.name, run.seed, best_device())
+    made_by |= {"processes": distributed.count(), "precision": precision(bfloat16)}
+    if distributed.rank() == 0:
+        add_provenance(run.path, name, made_by | {"seconds": seconds})
+    return {"config": config, "dataset": run.dataset, "seconds": seconds, "provenance": made_by}
+
+
+def _say(line: str) -> None:
+    if distributed.rank() == 0:
+        print(line)

@@ -1,0 +1,170 @@
+"""Registration of pairs of any size and spacing: by a trained network, by optimisation, or by both.
+
+Images are padded to what pooling needs. A network sees them at the millimetres a voxel that it was trained at, and
+optimisation works on the images' own grid, or on a coarser one with about as many voxels as the profile's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pairdiff_core.pairs import PairSet, resize_labels
+from pairdiff_core.profiles import Profile
+from pairdiff_core.registration.deformation import Deformation, concatenated, integrate
+from pairdiff_core.registration.losses import label_maps
+from pairdiff_core.registration.network import RegistrationNetwork
+from pairdiff_core.registration.optimise import refine
+from pairdiff_core.training import best_device
+
+VOXELS_AT_ONCE = 2**18  # of the pairs that are registered together: larger tensors are slow on a CPU
+NEARLY = 0.02  # a ratio of spacings this close to a whole number is one: headers say 0.998 mm for 1 mm
+FINEST = 0.25  # voxels of an image to one of the network's, at least
+LARGEST = 8  # times the voxels trained on
+
+
+def register(
+    pairs: PairSet,
+    profile: Profile,
+    network: RegistrationNetwork | None = None,
+    *,
+    instance: bool = True,
+    trained_spacing: Sequence[float] | None = None,
+) -> Deformation:
+    """Register every pair.
+
+    Args:
+        pairs: of any grid; with a network, of its number of labels.
+        profile: whose ``registration`` gives the levels of optimisation: ``baseline`` without a network, which starts
+            from the identity, ``instance`` with one.
+        network: trained at this profile; None for none.
+        instance: whether to optimise the network's answer.
+        trained_spacing: millimetres a voxel that the network was trained at; None: those of the pairs.
+
+    Returns:
+        Deformations on the grid of the pairs, in its voxels, on the CPU.
+    """
+    batch = max(1, VOXELS_AT_ONCE // math.prod(pairs.spatial))
+    if network is not None:
+        network.eval()
+        seen = sampling(pairs.spatial, pairs.spacing, profile, trained_spacing or pairs.spacing)
+    found = []
+    for labels in pairs.labels.split(batch):
+        if network is None:
+            found.append(_optimised(labels, pairs.num_labels, profile))
+        else:
+            found.append(_by_network(labels, pairs.num_labels, profile, network, instance, seen))
+    return concatenated(found)
+
+
+def _optimised(labels: torch.Tensor, num_labels: int, profile: Profile) -> Deformation:
+    settings, spatial = profile.registration, labels.shape[2:]
+    coarser = coarsening(spatial, profile.spatial)
+    block = coarser * math.lcm(*(level.scale * level.control for level in settings.baseline))
+    padded = [_up(size, block) for size in spatial]
+    fixed, moving = _maps(labels, padded, num_labels, coarser)
+    dims = len(spatial)
+    zero = fixed.new_zeros((len(fixed), dims, *[1] * dims))
+    velocities = refine(fixed, moving, (zero,), settings.baseline, settings)
+    return _on_grid(velocities, settings.squarings, padded, spatial)
+
+
+@torch.no_grad()
+def _by_network(
+    labels: torch.Tensor,
+    num_labels: int,
+    profile: Profile,
+    network: RegistrationNetwork,
+    instance: bool,
+    seen: Sampling,
+) -> Deformation:
+    settings = profile.registration
+    sampled = [_resampled(image, seen.grid, num_labels) for image in _padded(labels, seen.padded).unbind(1)]
+    fixed, moving = (label_maps(image.to(best_device()), num_labels) for image in sampled)
+    velocities = network.velocities(fixed, moving, settings.repeats)
+    if instance and settings.instance:
+        maps = _maps(labels, seen.padded, num_labels, coarsening(seen.padded, profile.spatial))
+        with torch.enable_grad():
+            velocities = refine(*maps, velocities, settings.instance, settings)
+    return _on_grid(velocities, settings.squarings, seen.padded, labels.shape[2:])
+
+
+@torch.no_grad()
+def _on_grid(
+    velocities: Sequence[torch.Tensor], squarings: int, padded: Sequence[int], spatial: Sequence[int]
+) -> Deformation:
+    return integrate(tuple(velocities), squarings).resized(padded).cropped(spatial).cpu()
+
+
+def _padded(labels: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
+    """Labels (N, 2, *old) with zeros behind the last voxel of each axis: voxels keep their indices."""
+    pads = [(0, new - old) for old, new in zip(labels.shape[2:], spatial, strict=True)]
+    return F.pad(labels, [pad for axis in reversed(pads) for pad in axis])  # the last axis comes first
+
+
+def _maps(labels: torch.Tensor, padded: Sequence[int], num_labels: int, coarser: int) -> tuple[torch.Tensor, ...]:
+    """Fixed and moving maps (N, C - 1, *padded / coarser) on the device that computes."""
+    images = _padded(labels, padded).unbind(1)
+    return tuple(label_maps(image.to(best_device()), num_labels, coarser) for image in images)
+
+
+def _resampled(labels: torch.Tensor, spatial: Sequence[int], num_labels: int) -> torch.Tensor:
+    """Labels uint8 (N, *old) on the grid that a network takes, as its training data were put on theirs.
+
+    Slices by majority vote; volumes by maximum, so that no thin vessel is lost.
+    """
+    if tuple(spatial) == tuple(labels.shape[1:]):
+        return labels
+    if len(spatial) == 2:
+        return resize_labels(labels, spatial, num_labels)
+    return F.adaptive_max_pool3d(labels.float(), tuple(spatial)).to(torch.uint8)
+
+
+class Sampling(NamedTuple):
+    """How a network sees an image."""
+
+    grid: tuple[int, ...]  # voxels of the network's images
+    padded: tuple[int, ...]  # voxels of the image over the same field of view
+    as_trained: bool  # whether a voxel of that grid has the millimetres of training
+
+
+def sampling(
+    spatial: Sequence[int], spacing: Sequence[float], profile: Profile, trained_spacing: Sequence[float]
+) -> Sampling:
+    """The grid on which a network sees an image: in the millimetres it was trained at, where these fit.
+
+    They do not fit where the image would have less than half the voxels that the network needs, or eight times those
+    of its training. Then it sees the image's own voxels, or coarser ones.
+    """
+    settings = profile.registration
+    smallest = 16 * max(step.scale for step in settings.unets)
+    ratio = [_nearly_whole(mm / own) for mm, own in zip(trained_spacing, spacing, strict=True)]
+    wanted = [size / times for size, times in zip(spatial, ratio, strict=True)]
+    voxels = math.prod(profile.spatial)
+    fits = min(wanted) >= smallest / 2 and math.prod(wanted) <= LARGEST * voxels and min(ratio) >= FINEST
+    if not fits:
+        ratio = [float(coarsening(spatial, profile.spatial))] * len(spatial)
+    grid = [max(_up(size / times, settings.control), smallest) for size, times in zip(spatial, ratio, strict=True)]
+    if max(grid) < 2 * smallest:  # one voxel at the U-Net's coarsest level, which it cannot normalise
+        grid[grid.index(max(grid))] = 2 * smallest
+    padded = [max(size, round(new * times)) for size, new, times in zip(spatial, grid, ratio, strict=True)]
+    return Sampling(tuple(grid), tuple(padded), fits)
+
+
+def coarsening(spatial: Sequence[int], usual: Sequence[int]) -> int:
+    """How many times coarser an image has to be to have about as many voxels as the ``usual`` grid; at least 1."""
+    return max(1, math.floor((math.prod(spatial) / math.prod(usual)) ** (1 / len(usual)) + 1e-6))
+
+
+def _nearly_whole(ratio: float) -> float:
+    whole = max(1, round(ratio))
+    return float(whole) if abs(ratio - whole) <= NEARLY * whole else ratio
+
+
+def _up(size: float, multiple: int) -> int:
+    """The next multiple; a rounding error above one is none."""
+    return multiple * math.ceil(size / multiple - 1e-6)

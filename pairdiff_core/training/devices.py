@@ -1,0 +1,60 @@
+"""Which device computes, at which precision, in how many processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from lightning_fabric import Fabric
+
+from pairdiff_core.errors import DataError
+from pairdiff_core.training import distributed
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
+
+
+def best_device() -> torch.device:
+    """What the environment variable PAIRDIFF_DEVICE names, "cpu" or "cuda"; without it, the GPU if CUDA has one.
+
+    Raises:
+        DataError: if it names something else, or a GPU that is not there.
+    """
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = os.environ.get("PAIRDIFF_DEVICE") or found
+    if wanted not in ("cpu", "cuda"):
+        raise DataError(f"PAIRDIFF_DEVICE is {wanted!r}, but the devices are cpu and cuda")
+    if wanted == "cuda" and found != "cuda":
+        raise DataError(
+            "PAIRDIFF_DEVICE asks for cuda, but torch finds no GPU: install a CUDA build of torch, or unset it"
+        )
+    return torch.device(wanted)
+
+
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, so that a stage in it takes less time than in 32 bit.
+
+    On x86 processors without them PyTorch takes ways that are up to hundreds of times slower (pytorch/pytorch, issues
+    146508 and 183815). Of processors of other makes nothing is known here, and the answer is no.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot be asked
+    return any(instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def precision(bfloat16: bool) -> str:
+    """In Fabric's words: "bf16-mixed" where bfloat16 is allowed and the device is fast in it, else "32-true"."""
+    return "bf16-mixed" if bfloat16 and fast_in_bfloat16(best_device()) else "32-true"
+
+
+def new_fabric(bfloat16: bool = False) -> Fabric:
+    """Device, precision and processes of a training; joins the processes that ``torchrun`` started."""
+    options = {"accelerator": best_device().type, "precision": precision(bfloat16)}
+    if distributed.count() == 1:
+        return Fabric(devices=1, **options)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.count()))
+    fabric = Fabric(strategy="ddp", devices=here, num_nodes=distributed.count() // here, **options)
+    if "LT_CLI_USED" not in os.environ:  # Fabric's own launcher has done so
+        fabric.launch()
+    return fabric

@@ -1,0 +1,96 @@
+"""Who may import whom: the package is a house whose floors only know the floors below."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pairdiff_core
+
+PACKAGE = Path(pairdiff_core.__file__).parent
+FLOORS = (
+    {"__init__", "errors"},
+    {"fields", "profiles", "storage"},
+    {"pairs", "metrics", "training"},
+    {"vqae", "absorbing", "registration", "augmentation", "data", "figures"},
+    {"pipeline"},
+    {"apps"},
+    {"__main__"},
+)
+METHOD = {"fields", "pairs", "profiles", "vqae", "absorbing", "registration", "augmentation", "metrics"}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FILES = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """The modules of this package that a file imports, anywhere in it, such as ("storage", "files")."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = (PACKAGE.name, *path.relative_to(PACKAGE).parts)[: -node.level] if node.level else ()
+            start = ".".join([*package, *([node.module] if node.module else [])])
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {module_of(tuple(name.split("."))[1:]) for name in names if name.split(".")[0] == PACKAGE.name}
+    return found
+
+
+def module_of(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The longest part of a dotted name that is a module."""
+    for end in range(len(parts), -1, -1):
+        for module in (parts[:end], (*parts[:end], "__init__")):
+            if module in FILES:
+                return module
+    raise AssertionError("unreachable: the package has an __init__")
+
+
+IMPORTS = {module: imported(path) for module, path in FILES.items()}
+
+
+def test_every_room_has_a_floor():
+    assert {module[0] for module in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR))
+def test_imports_point_to_lower_floors_or_stay_in_their_room(room):
+    wrong = {
+        f"{'.'.join(module)} imports {'.'.join(target)}"
+        for module, targets in IMPORTS.items()
+        for target in targets
+        if module[0] == room != target[0] and FLOOR[target[0]] >= FLOOR[room]
+    }
+    assert not wrong
+
+
+def test_the_method_itself_knows_no_files():
+    """What a stranger would take over comes without run folders, pipeline and figures."""
+    wrong = {(module, target) for module in FILES if module[0] in METHOD for target in IMPORTS[module]
+             if target[0] in {"storage", "pipeline", "apps", "figures"}}  # fmt: skip
+    assert not wrong
+
+
+def test_no_circle_of_imports():
+    """Not even within a folder."""
+    done, open_ = set(), []
+
+    def visit(module):
+        assert module not in open_, f"a circle: {[*open_[open_.index(module) :], module]}"
+        if module not in done:
+            open_.append(module)
+            for target in IMPORTS[module]:
+                visit(target)
+            done.add(open_.pop())
+
+    for module in IMPORTS:
+        visit(module)
+
+
+def test_each_module_says_what_lives_there():
+    assert all((path.parent / "__init__.py").exists() for path in FILES.values())
+    silent = [path.name for path in FILES.values() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
