@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from pairdiff_core import pipeline, registration
 from pairdiff_core.apps import cli
 from pairdiff_core.data import fetch
-from pairdiff_core.profiles import PROFILES, get_profile, with_levels
+from pairdiff_core.profiles import PROFILES, get_profile, to_json, with_levels
 
 SHAPE = (20, 18, 16)
 COMMANDS = ("info", "fetch", "run", "register", "evaluate", "export")
@@ -427,31 +427,26 @@ def evaluated(*arguments: object, json_file: Path) -> dict:
     return found
 
 
-@pytest.mark.parametrize("method", ["before", "baseline", "network", "network+instance"])
-def test_evaluate_has_the_numbers_of_the_registrar(tmp_path, trained_3d, method):
-    run, network = trained_3d
-    found = evaluated(
-        "--dataset", "phantom3d", "--run", run.path, "--method", method, json_file=tmp_path / "e.json"
-    )  # fmt: skip
-    used, deformation = network.model if "network" in method else None, None
-    if method != "before":
-        instance = method != "network"
-        deformation = registration.register(run.validation, run.profile, used, instance=instance)
-    expected = pipeline.score(run.validation, deformation)
+@pytest.mark.parametrize("options, by_network", [("--method baseline --levels 1 --steps 2", False),
+                                                 ("--method network --network real", True), ("", True)])  # fmt: skip
+def test_evaluate_has_the_numbers_of_the_registrar(tmp_path, trained, options, by_network):
+    run, made = trained
+    chosen = ("--dataset", "phantom2d", "--run", run.path, *options.split())
+    found = evaluated(*chosen, json_file=tmp_path / "e.json")
+    network = made.networks["real" if "real" in options else "synthetic"] if by_network else None
+    profile = run.profile if by_network else with_levels(run.profile, 1, 2)
+    registered = registration.register(run.validation, profile, network and network.model, instance=not options)
+    expected = pipeline.score(run.validation, registered)
     assert [case["name"] for case in found["cases"]] == list(run.validation.names)
-    for name in ("dice", "tre_mm", "hd95_mm", *(["folding_percent", "log_jacobian_sd"] if deformation else [])):
+    for name in ("dice", "tre_mm", "hd95_mm", "folding_percent", "log_jacobian_sd", "inverse_consistency_error"):
         assert found["summary"][name] == pytest.approx(expected[name], abs=1e-3)
     assert found["summary"]["tre_all"]["p95"] == pytest.approx(expected["tre_all"]["p95"], abs=1e-3)
     assert len(found["cases"][0]["errors_mm"]) == len(run.validation.landmarks[0])
     made_by = found["provenance"]
-    assert (made_by["method"], made_by["profile"], made_by["split"]) == (method, "quick", "validation")
-    assert made_by.get("network") == (network.fingerprint if used else None)
-
-
-def test_a_file_says_with_which_levels_it_was_measured(small, tmp_path):
-    chosen = ("--dataset", "phantom2d", "--levels", 1, "--steps", 1)
-    made_by = evaluated(*chosen, json_file=tmp_path / "e.json")["provenance"]
-    assert [level["steps"] for level in made_by["settings"]["baseline"]] == [1]
+    assert (made_by["profile"], made_by["split"], made_by["pairs"]) == ("quick", "validation", len(run.validation))
+    assert made_by["method"] == ("network+instance" if not options else options.split()[1])
+    assert made_by.get("network") == (network.fingerprint if network else None)
+    assert made_by["settings"] == to_json(profile.registration)
 
 
 def test_evaluate_measures_the_cases_of_the_folder(small, lung_folder, tmp_path):
