@@ -50,6 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 book: $(INSTALLED) ## run the chapters and build the static site
 	@rm -rf $(BUILD)/runs && mkdir -p $(BUILD)/runs
 	PAIRDIFF_RUNS="$${PAIRDIFF_RUNS:-$(CURDIR)/$(BUILD)/runs}" $(VENV)/bin/jupyter-book build . --toc book/_toc.yml --path-output book -W --keep-going -n
+	@touch $(BUILD)/runs/.complete
 	$(PYTHON) -m pytest -q tests/test_book.py -k built
 	@echo "The book: $(CURDIR)/$(SITE)"
 	@echo "Open it:  file://$(CURDIR)/$(SITE)"
@@ -59,11 +60,12 @@ test: test-core test-notebooks ## test the core, then run every cell of the note
 test-core: $(INSTALLED) ## test the core only
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --durations=10 $(TESTS) # its tensors are too small for two threads
 
-# One process, in chapter order, one new run folder: a chapter finds the models of the one before it, never older ones,
-# unless RUNS names a folder that has them.
+# One process, in chapter order. A chapter finds the models of the one before it, or those of the book where it was built
+# with the core as it is; RUNS names another folder.
 test-notebooks: $(INSTALLED) ## run every cell of the notebooks only
-	@runs="$$(mktemp -d)"; trap 'rm -rf "$$runs"' EXIT; \
-	PAIRDIFF_RUNS="$${RUNS:-$$runs}" $(PYTHON) -m pytest --nbval-lax --nbval-current-env --durations=10 -p no:cacheprovider $(NOTEBOOKS)
+	@runs="$$(mktemp -d)"; trap 'rm -rf "$$runs"' EXIT; built=$(CURDIR)/$(BUILD)/runs; \
+	test -e "$$built/.complete" -a -z "$$(find pairdiff_core -name '*.py' -newer "$$built/.complete" 2>/dev/null)" && use="$$built" || use="$$runs"; \
+	PAIRDIFF_RUNS="$${RUNS:-$$use}" $(PYTHON) -m pytest --nbval-lax --nbval-current-env --durations=10 -p no:cacheprovider $(NOTEBOOKS)
 
 # The text is the source; JupyterLab saves both files when you edit there. Committed outputs are always those of the quick profile on phantoms, whatever the caller's settings are.
 sync: $(INSTALLED) ## make the notebooks (.ipynb) of the chapters' text (.md), and run them in place
@@ -72,7 +74,7 @@ sync: $(INSTALLED) ## make the notebooks (.ipynb) of the chapters' text (.md), a
 	env -u PAIRDIFF_DATA -u PAIRDIFF_OASIS2D PAIRDIFF_PROFILE=quick PAIRDIFF_RUNS="$$runs" $(PYTHON) notebooks/execute.py $(NOTEBOOKS)
 
 results: $(INSTALLED) ## measure the results shown in the book again (hours; goes on where it stopped; see CONTRIBUTING.md)
-	$(PYTHON) -m pairdiff_core run evaluate --dataset $(DATASET) --profile laptop --run runs/$(DATASET)-laptop-seed0
+	$(PYTHON) -m pairdiff_core run all --dataset $(DATASET) --profile laptop --run runs/$(DATASET)-laptop-seed0
 	cp runs/$(DATASET)-laptop-seed0/metrics.json $(RESULTS)
 
 bench: $(INSTALLED) ## time the published procedure and this one side by side (up to twenty minutes on two cores)

@@ -70,7 +70,7 @@ def describe_machine() -> dict[str, str]:
     """Return what a run time depends on, as name and value."""
     import torch
 
-    from pairdiff_core.checkpoints import device_name
+    from pairdiff_core.storage import device_name
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -158,9 +158,7 @@ def machine_pages(app: Sphinx, env: BuildEnvironment, added: set, changed: set, 
     return [name for name in env.found_docs if env.metadata.get(name, {}).get("pairdiff_machine")]
 
 
-def offer_notebook(
-    app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None
-) -> None:
+def offer_notebook(app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Put the executed notebook of a chapter beside its page, and let the download button name it."""
     executed = Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
     if doctree is None or "kernelspec" not in app.env.metadata.get(pagename, {}) or not executed.is_file():
