@@ -1,4 +1,4 @@
-"""Every setting that makes a run small or large, in one place.
+"""Every setting that makes a run small or large, in one place, and the names of data sets, splits and stages.
 
 Three profiles: ``quick`` runs each chapter within a minute on two cores, ``laptop`` gives a real result on a CPU,
 ``paper`` has the published sizes. The published 3D value stands beside each setting that differs from it; there is
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
-
+DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name: spatial axes
+SPLITS = ("train", "validation", "test")
 STAGES = ("vqae", "tokens", "denoiser", "synthesis", "registration")  # in the order in which they run
 
 
@@ -432,6 +432,8 @@ def profile_from_json(content: Mapping[str, Any]) -> Profile:
     Raises:
         ValueError: if it is not the description of a profile of this version; the message names what is wrong.
     """
+    from pydantic import TypeAdapter, ValidationError  # here: its import takes longer than all else in this file
+
     try:
         return TypeAdapter(Profile).validate_python(content)
     except ValidationError as error:

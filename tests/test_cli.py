@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from small_run import small_run, small_run_3d
 from typer.testing import CliRunner, Result
 
-from pairdiff_core import pipeline, registration
+from pairdiff_core import registration
 from pairdiff_core.apps import cli
 from pairdiff_core.data import fetch
 from pairdiff_core.profiles import PROFILES, get_profile, to_json, with_levels
@@ -206,7 +206,7 @@ def test_a_run_that_is_paused_goes_on(small, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["synthetic"]["pairs"] == 9
     assert f"dice_network_synthetic     {metrics['summary']['dice_network_synthetic']:.4g}" in done
-    for name in ("config.json", "logs/vqae/metrics.csv", "provenance.json", "registration-synthetic.safetensors"):
+    for name in ("config.json", "logs/vqae/metrics.csv", "registration-synthetic.safetensors"):
         assert (tmp_path / name).exists()
     fails(call(*command, "--seed", 1), f"{tmp_path} holds another run (seed 0)")
     fails(call("run", "all", "--dataset", "phantom3d", "--run", tmp_path), "holds another run (dataset phantom2d)")
@@ -436,7 +436,7 @@ def test_evaluate_has_the_numbers_of_the_registrar(tmp_path, trained, options, b
     network = made.networks["real" if "real" in options else "synthetic"] if by_network else None
     profile = run.profile if by_network else with_levels(run.profile, 1, 2)
     registered = registration.register(run.validation, profile, network and network.model, instance=not options)
-    expected = pipeline.score(run.validation, registered)
+    expected = registration.score(run.validation, registered)
     assert [case["name"] for case in found["cases"]] == list(run.validation.names)
     for name in ("dice", "tre_mm", "hd95_mm", "folding_percent", "log_jacobian_sd", "inverse_consistency_error"):
         assert found["summary"][name] == pytest.approx(expected[name], abs=1e-3)

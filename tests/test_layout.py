@@ -11,9 +11,9 @@ import pairdiff_core
 
 PACKAGE = Path(pairdiff_core.__file__).parent
 FLOORS = (
-    {"__init__", "errors"},
-    {"fields", "profiles", "storage"},
-    {"pairs", "metrics", "training"},
+    {"__init__", "errors", "fields"},
+    {"pairs", "profiles", "storage"},
+    {"metrics", "training"},
     {"vqae", "absorbing", "registration", "augmentation", "data", "figures"},
     {"pipeline"},
     {"apps"},

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import publish
 from pairdiff_core import pipeline
-from pairdiff_core.apps import publish
 from pairdiff_core.data import DATASETS, default_dataset
 from pairdiff_core.errors import CheckpointError
 from pairdiff_core.registration import register

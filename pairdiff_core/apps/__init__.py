@@ -1,4 +1,4 @@
-"""What people call: the command ``pairdiff``, its files of volumes and exported pairs, and publishing a model.
+"""The command ``pairdiff``: its options, what each command does, and the files it reads and writes.
 
 Nothing is imported here, so that ``python -m pairdiff_core`` answers Ctrl-C from its first moment on.
 """

@@ -24,7 +24,6 @@ from pairdiff_core.storage import write_file
 SUFFIXES = (".nii.gz", ".nii")
 MAX_LABELS = 256  # more values than that are intensities, not labels
 SAME_GRID = 0.01  # voxels by which the corners of two grids may lie apart
-FORMATS = ("itk", "l2r")
 
 
 @dataclass(frozen=True, eq=False)

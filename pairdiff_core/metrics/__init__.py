@@ -26,3 +26,4 @@ from .registration import (
     mean_over_pairs,
     target_registration_error,
 )
+from .synthetic import compare_sets

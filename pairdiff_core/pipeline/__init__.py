@@ -1,7 +1,7 @@
-"""The method as a pipeline: a run, its five stages, pretrained models, and measuring."""
+"""The method as a pipeline: a run, its models, its five stages, and measuring it."""
 
-from .evaluate import describe_denoiser, describe_synthetic, describe_vqae, evaluate, measure, methods, score, summarise
-from .pretrained import Trained, find_model, load_model, new_denoiser, new_registration, new_vqae, pretrained_models
+from .measure import describe_denoiser, describe_synthetic, describe_vqae, measure, methods
+from .models import Trained, find_model, load_model, new_denoiser, new_registration, new_vqae, pretrained_models
 from .run import Run, open_run
 from .stages import (
     StageResults,

@@ -20,12 +20,11 @@ from torch import nn
 from pairdiff_core import absorbing, registration, vqae
 from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs, augment
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.pipeline.pretrained import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
+from pairdiff_core.pipeline.models import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.profiles import STAGES, trained_settings
 from pairdiff_core.storage import (
     Progress,
-    add_provenance,
     check_config,
     fingerprint,
     load_checkpoint,
@@ -272,12 +271,10 @@ def _make_shards(
 
 
 def _description(run: Run, name: str, config: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What a checkpoint says about itself; written into the run's ``provenance.json``, too."""
-    bfloat16 = stage_of(name) in run.profile.mixed_precision
+    """What a checkpoint says about itself."""
     made_by = provenance(run.profile.name, run.seed, best_device())
+    bfloat16 = stage_of(name) in run.profile.mixed_precision
     made_by |= {"processes": distributed.count(), "precision": precision(bfloat16)}
-    if distributed.rank() == 0:
-        add_provenance(run.path, name, made_by | {"seconds": seconds})
     return {"config": config, "dataset": run.dataset, "seconds": seconds, "provenance": made_by}
 
 

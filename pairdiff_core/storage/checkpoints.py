@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
 from pairdiff_core.errors import CheckpointError
 from pairdiff_core.storage.files import write_file
@@ -68,26 +67,6 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     if not intact:
         raise CheckpointError(f"{path} is damaged: its contents do not match the SHA-256 in it. {AGAIN}")
     return tensors, json.loads(entry["description"])
-
-
-def load_into(module: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint into a module; returns the description.
-
-    Raises:
-        CheckpointError: as :func:`load_checkpoint`, and if the tensors are not exactly those of the module, which then
-            keeps what it had.
-    """
-    tensors, description = load_checkpoint(path)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{path}: the tensor {name} has shape {found.get(name)}, expected {expected.get(name)}. It was written "
-                "with other settings: use the profile it was trained with, or a new run folder."
-            )
-    module.load_state_dict(tensors)
-    return description
 
 
 def check_config(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

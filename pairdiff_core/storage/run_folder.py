@@ -1,7 +1,7 @@
 """What a run folder holds beside its checkpoints, and who may write into it.
 
-``config.json`` says what the run is, ``logs/`` how each training went (a CSV file a stage, with TensorBoard events
-beside it where TensorBoard is installed), and ``provenance.json`` what made each result.
+``config.json`` says what the run is, and ``logs/`` how each training went: a CSV file a stage, with TensorBoard events
+beside it where TensorBoard is installed. Each checkpoint says itself what made it.
 """
 
 from __future__ import annotations
@@ -92,13 +92,6 @@ def write_log(folder: Path, stage: str, history: Sequence[Mapping[str, float]]) 
                 values = {name: value for name, value in entry.items() if name != "step"}
                 logger.log_metrics(values, int(entry["step"]))
             logger.finalize("success")
-
-
-def add_provenance(folder: Path, result: str, made_by: Mapping[str, Any]) -> None:
-    """Add to ``provenance.json`` where a result comes from."""
-    path = folder / "provenance.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**known, result: dict(made_by)})
 
 
 def measured_once(path: Path, depends_on: Mapping[str, Any], measure: Callable[[], Any]) -> Any:

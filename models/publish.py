@@ -1,6 +1,6 @@
 """Publishing a pretrained model: the networks of one measured run in half precision, small enough for the project.
 
-    python -m pairdiff_core.apps.publish RUN_FOLDER models/oasis2d-laptop
+    python -m models.publish RUN_FOLDER models/oasis2d-laptop
 
 The folder gets three checkpoints and ``config.json``, ``measured.json`` with what these very files reach, and the model
 card ``README.md``. With ``PAIRDIFF_MODELS`` naming ``models``, what is there is not trained again.
@@ -18,7 +18,7 @@ from typing import Any
 
 from pairdiff_core import pipeline
 from pairdiff_core.pipeline import Run, Trained, describe_vqae, load_model, open_run
-from pairdiff_core.registration import register
+from pairdiff_core.registration import evaluate, register, summarise
 from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, save_checkpoint, write_file, write_json
 from pairdiff_core.training import best_device
 
@@ -85,8 +85,8 @@ def _registration(run: Run, network: Trained, rows: Sequence[str]) -> dict[str, 
     """The ``COLUMNS`` of some ``ROWS`` on the validation pairs, such as ``dice_before``."""
     by_network = partial(register, profile=run.profile, network=network.model)
     methods = {"before": None, "network": partial(by_network, instance=False), "network_instance": by_network}
-    cases = {name: list(pipeline.evaluate(run.validation, methods[name])) for name in rows}
-    found = {name: pipeline.summarise(cases[name], run.validation.label_names) for name in rows}
+    cases = {name: list(evaluate(run.validation, methods[name])) for name in rows}
+    found = {name: summarise(cases[name], run.validation.label_names) for name in rows}
     return {f"{key}_{name}": row[key] for name, row in found.items() for key in COLUMNS if key in row}
 
 
@@ -111,7 +111,7 @@ def write_card(folder: str | Path, measured: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make a pretrained model of a finished run, measure it, and write its card."""
-    parser = argparse.ArgumentParser(prog="python -m pairdiff_core.apps.publish", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m models.publish", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run folder with the finished stages")
     parser.add_argument("folder", type=Path, help="folder to write, such as models/oasis2d-laptop")
     parser.add_argument("--data", type=Path, help="folder of the real data; default: the environment variables")

@@ -1,11 +1,11 @@
-"""Finding and loading trained models without data: of a run folder, or of the project's pretrained models."""
+"""The models of a run: new ones by its profile, and trained ones from a run folder or the pretrained models."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from pairdiff_core.errors import CheckpointError
 from pairdiff_core.pipeline.run import open_run
 from pairdiff_core.profiles import Profile, trained_settings
 from pairdiff_core.registration import RegistrationNetwork
-from pairdiff_core.storage import check_config, fingerprint, load_into
+from pairdiff_core.storage import check_config, fingerprint, load_checkpoint
 from pairdiff_core.training import History, best_device
 from pairdiff_core.vqae import PairedVQAE
 
@@ -61,6 +61,13 @@ def stage_of(name: str) -> str:
     return name.split("-")[0]
 
 
+def as_trained(model: nn.Module, description: dict[str, Any], *, loaded: bool) -> Trained:
+    """A model with its description as a :class:`Trained`."""
+    model.to(best_device()).eval()
+    weights = fingerprint(*model.state_dict().values())
+    return Trained(model, description["history"], description["seconds"], loaded, weights)
+
+
 def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None = None) -> Trained:
     """A trained model from its checkpoint; no data are needed.
 
@@ -73,20 +80,16 @@ def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None 
         CheckpointError: if the file is missing or damaged, or was made with other settings or inputs.
     """
     stage = stage_of(path.stem)
-    model = NEW_MODEL[stage](profile)
-    description = load_into(model, path)
-    now = {"settings": trained_settings(getattr(profile, stage)), "inputs": inputs}
-    if inputs is None:
-        now["inputs"] = description["config"].get("inputs")
-    check_config(path, description["config"], now)
+    model, (tensors, description) = NEW_MODEL[stage](profile), load_checkpoint(path)
+    was = description["config"]
+    check_config(path, was, {"settings": trained_settings(getattr(profile, stage)), "inputs": inputs or was["inputs"]})
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} is of images with other axes or labels ({error}). Choose another run."
+        ) from error
     return as_trained(model, description, loaded=True)
-
-
-def as_trained(model: nn.Module, description: dict, *, loaded: bool) -> Trained:
-    """A model with its description as a :class:`Trained`."""
-    model.to(best_device()).eval()
-    weights = fingerprint(*model.state_dict().values())
-    return Trained(model, description["history"], description["seconds"], loaded, weights)
 
 
 def load_model(folder: str | Path, name: str) -> Trained:
@@ -95,11 +98,10 @@ def load_model(folder: str | Path, name: str) -> Trained:
     Raises:
         CheckpointError: as :func:`load_trained`; if there is no such network, the message lists those there are.
     """
-    folder = Path(folder)
-    profile, path = open_run(folder).profile, folder / f"{name}.safetensors"
-    stage = stage_of(name)
+    path, stage = Path(folder) / f"{name}.safetensors", stage_of(name)
+    profile = open_run(folder).profile
     if not path.is_file():
-        found = sorted(file.stem.removeprefix(f"{stage}-") for file in folder.glob(f"{stage}*.safetensors"))
+        found = sorted(file.stem.removeprefix(f"{stage}-") for file in path.parent.glob(f"{stage}*.safetensors"))
         raise CheckpointError(
             f"{folder} holds no {name}; of this stage it holds: {', '.join(found) or 'none'}. Choose by --network, or "
             "train it."
@@ -136,11 +138,9 @@ def chosen_model(dataset: str, profile: Profile, name: str) -> Path | None:
         CheckpointError: if PAIRDIFF_MODELS names no folder.
     """
     folder = os.environ.get("PAIRDIFF_MODELS")
-    if not folder:
-        return None
-    if not Path(folder).is_dir():
+    if folder and not Path(folder).is_dir():
         raise CheckpointError(
             f"PAIRDIFF_MODELS is {folder!r}, which is no folder. Name the project's folder models, or unset it."
         )
-    path = Path(folder) / f"{dataset}-{profile.name}" / f"{name}.safetensors"
+    path = Path(folder or os.devnull) / f"{dataset}-{profile.name}" / f"{name}.safetensors"
     return path if path.exists() else None

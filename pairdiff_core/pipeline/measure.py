@@ -1,0 +1,187 @@
+"""Measuring a whole run: one JSON file with its provenance, from which all numbers of the text come."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pairdiff_core import absorbing, metrics, vqae
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.pipeline.models import Trained
+from pairdiff_core.pipeline.run import Run
+from pairdiff_core.pipeline.stages import StageResults, run_stages
+from pairdiff_core.profiles import Profile, to_json
+from pairdiff_core.registration import Method, evaluate, register, summarise
+from pairdiff_core.storage import code_hash, fingerprint, load_checkpoint, measured_once, pack_labels, provenance
+from pairdiff_core.training import best_device
+
+SHOWN = {2: 4, 3: 1}  # pairs kept in the file as pictures, by dimensions
+COMPARED, COMPARED_VOXELS = 48, 2**27  # at most: pairs of each set whose displacements are compared, their voxels
+BITS_PAIRS = 64  # at most, whose bits per token are measured
+QUOTED = {  # rows of the registration table that the text quotes, by their names there
+    "before": "before",
+    "baseline": "baseline",
+    "network_real": "real",
+    "network_random_warps": "real, warped",
+    "network_synthetic": "synthetic",
+    "network_synthetic_instance": "synthetic + instance",
+}
+
+
+def methods(profile: Profile, networks: dict[str, Trained]) -> dict[str, tuple[Method | None, list[str]]]:
+    """The methods that are compared, and the fingerprints of the networks that they depend on.
+
+    Before registration; the baseline without training, also with one more level at full size where its last is coarser;
+    and each network without and with instance optimisation.
+    """
+    found: dict[str, tuple[Method | None, list[str]]] = {"before": (None, [])}
+    found["baseline"] = (partial(register, profile=profile), [])
+    levels = profile.registration.baseline
+    if levels[-1].scale > 1:
+        finer = replace(profile.registration, baseline=(*levels, levels[-1]._replace(scale=1)))
+        found["baseline, full size"] = (partial(register, profile=replace(profile, registration=finer)), [])
+    for name, network in networks.items():
+        by_network = partial(register, profile=profile, network=network.model)
+        found[name] = (partial(by_network, instance=False), [network.fingerprint])
+        found[f"{name} + instance"] = (by_network, [network.fingerprint])
+    return found
+
+
+def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
+    """Run (or load) every stage and measure it on the validation pairs, which nothing was trained or chosen on.
+
+    Each part of the measurement is kept in the run's folder ``measured``, so that an interruption loses one part at
+    most; it is measured again when code, settings, data or the stages it depends on have changed.
+
+    Args:
+        made: by the stages, if they were run already.
+
+    Returns:
+        ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
+        ``synthetic``, ``histories``, ``pictures``, ``stages`` (seconds and machine of each), ``provenance``.
+    """
+    made = made or run_stages(run)
+    autoencoder, denoiser, synthetic = made.autoencoder, made.denoiser, made.synthetic
+    splits = {"train": run.train, "validation": run.validation}
+    data = {name: fingerprint(pairs.labels) for name, pairs in splits.items()}
+    common = {"code": code_hash(), "profile": to_json(run.profile), "seed": run.seed, "data": data}
+    started = time.perf_counter()
+
+    def once(name: str, depends_on: list[str], measure_part: Callable[..., Any], *arguments: Any) -> Any:
+        run.pause_if_asked("measuring")
+        path = run.path / "measured" / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
+        with run.working():
+            return measured_once(path, common | {"on": depends_on}, partial(measure_part, *arguments))
+
+    def one_method(method: Method | None) -> dict[str, Any]:
+        return summarise(list(evaluate(run.validation, method)), run.validation.label_names)
+
+    made_from = [autoencoder.fingerprint, denoiser.fingerprint]
+    measured: dict[str, Any] = {
+        "registration": [
+            {"method": name} | once(f"registration {name}", depends_on, one_method, method)
+            for name, (method, depends_on) in methods(run.profile, made.networks).items()
+        ],
+        "vqae": {
+            split: once(f"vqae {split}", made_from[:1], describe_vqae, run, autoencoder, pairs)
+            for split, pairs in splits.items()
+        },
+        "denoiser": {
+            split: once(f"denoiser {split}", made_from, describe_denoiser, run, autoencoder, denoiser, pairs)
+            for split, pairs in splits.items()
+        },
+    }
+    made_from.append(fingerprint(synthetic.labels))
+    measured["synthetic"] = once("synthetic", made_from, describe_synthetic, run, autoencoder, synthetic)
+    models = {"vqae": autoencoder, "denoiser": denoiser, **made.networks}
+    measured["histories"] = {name: model.history for name, model in models.items()}
+    some = run.validation[: SHOWN[run.profile.spatial_dims]]
+    pictures = {"synthetic": synthetic[: len(some)], "reconstructed": _decoded(autoencoder, some), "validation": some}
+    measured["pictures"] = {name: pack_labels(pairs.labels) for name, pairs in pictures.items()}
+    measured["stages"] = {path.stem: _made_by(path) for path in sorted(run.path.glob("*.safetensors"))}
+    made_by = provenance(run.profile.name, run.seed, best_device(), data) | {"dataset": run.dataset}
+    made_by["pairs"] = {name: len(pairs) for name, pairs in splits.items()}
+    spent = [time.perf_counter() - started, *(stage["seconds"] for stage in measured["stages"].values())]
+    made_by["wall_seconds"] = sum(spent)
+    return {"summary": _quoted(measured), **measured, "provenance": made_by}
+
+
+def _made_by(path: Path) -> dict[str, Any]:
+    """What made a result: ``seconds``, commit, date, device and threads."""
+    description = load_checkpoint(path)[1]
+    made_by = description["provenance"]
+    return {"seconds": description["seconds"]} | {key: made_by[key] for key in ("commit", "date", "device", "threads")}
+
+
+def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers that the text quotes; regularity is that of the network trained on synthetic pairs."""
+    rows = {row["method"]: row for row in measured["registration"]}
+    real, synthetic = (rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic"))
+    summary = {
+        "vqae_dice": measured["vqae"]["validation"]["dice"],
+        "codes_used": measured["vqae"]["train"]["codes_used"],
+        "bits_per_token": measured["denoiser"]["validation"]["bits_per_token"],
+        "gain_synthetic_over_real": synthetic / real if real else None,
+    }
+    for short, name in (("dice", "dice"), ("hd95", "hd95_mm"), ("tre", "tre_mm"), ("seconds", "seconds_per_pair")):
+        summary |= {f"{short}_{quoted}": rows[row][name] for quoted, row in QUOTED.items() if name in rows[row]}
+    return summary | {name: rows["synthetic"][name] for name in ("folding_percent", "inverse_consistency_error")}
+
+
+def _decoded(autoencoder: Trained, pairs: PairSet) -> PairSet:
+    """The pairs as the autoencoder gives them back."""
+    return replace(
+        pairs, labels=vqae.decode_labels(autoencoder.model, vqae.encode_pairs(autoencoder.model, pairs.labels))
+    )
+
+
+def describe_vqae(run: Run, autoencoder: Trained, pairs: PairSet) -> dict[str, Any]:
+    """Reconstruction (``dice``, ``dice_per_structure``) and codebook health (``codes_used``, ``perplexity``) on pairs.
+
+    ``pair_dice_real`` and ``pair_dice_decoded`` are the overlap of fixed and moving before and after: an autoencoder
+    that encodes the average of both images makes them overlap more.
+    """
+    tokens = vqae.encode_pairs(autoencoder.model, pairs.labels)
+    decoded = vqae.decode_labels(autoencoder.model, tokens)
+    dice = metrics.dice(decoded.flatten(0, 1), pairs.labels.flatten(0, 1), pairs.num_labels)
+    use = metrics.codebook_use(tokens, run.profile.vqae.codes)
+    structures = map(metrics.mean_over_pairs, dice.unbind(1))
+    described = {
+        "dice": metrics.mean_over_pairs(dice.nanmean(1)),
+        "dice_per_structure": dict(zip(pairs.label_names[1:], structures, strict=True)),
+        "codes_used": use.used,
+        "perplexity": use.perplexity,
+    }
+    for name, labels in {"real": pairs.labels, "decoded": decoded}.items():
+        overlap = metrics.mean_dice(labels[:, 0], labels[:, 1], pairs.num_labels)
+        described[f"pair_dice_{name}"] = metrics.mean_over_pairs(overlap)
+    return described
+
+
+def describe_denoiser(run: Run, autoencoder: Trained, denoiser: Trained, pairs: PairSet) -> dict[str, float]:
+    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error."""
+    device = best_device()
+    tokens = vqae.encode_pairs(autoencoder.model, pairs.labels[:: -(-len(pairs) // BITS_PAIRS)])
+    sequences = tokens.flatten(1).long().to(device)  # (N, *grid) -> (N, L)
+    generator = run.generator("bits per token", device)
+    bits = absorbing.bits_per_token(denoiser.model, sequences, denoiser.model.mask_token, generator)
+    return {"bits_per_token": float(bits.mean()), "standard_error": float(bits.std() / len(bits) ** 0.5)}
+
+
+def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
+    """Synthetic pairs beside the real ones: :func:`metrics.compare_sets`, and ``displacements`` by the baseline."""
+    at_most = max(2, COMPARED_VOXELS // math.prod(run.train.spatial))
+    number = min(COMPARED, at_most, len(run.train), len(synthetic))
+    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:number].tolist()
+    found = (register(pairs, run.profile).displacement for pairs in (run.train[some], synthetic[:number]))
+    decoded = {"train": _decoded(autoencoder, run.train), "validation": _decoded(autoencoder, run.validation)}
+    compared = metrics.compare_sets(run.train, decoded | {"synthetic": synthetic}, run.generator("quality"))
+    return compared | {"displacements": metrics.compare_displacements(*found)}
