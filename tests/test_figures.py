@@ -22,7 +22,7 @@ from PIL import Image
 
 from pairdiff_core import figures, metrics
 from pairdiff_core.figures import animations, slices, style, volumes
-from pairdiff_core.figures.style import FIXED, MASKED, METHODS, MOVING, STRUCTURES
+from pairdiff_core.figures.style import FIXED, LINES, MASKED, METHODS, MOVING, STRUCTURES
 from pairdiff_core.pairs import PairSet
 
 NAMES = ("Unknown", "Left-Thalamus", "Right-Thalamus", "Brain-Stem", "something else")
@@ -195,7 +195,7 @@ def test_slices_refuse_volumes(ax: Axes, draw: object) -> None:
 
 
 def test_pair_figure() -> None:
-    figure = figures.pair_figure(blocks(), 1)
+    figure = figures.pair_figure(blocks()[1])
     assert titles(figure) == ["fixed", "moving", "outlines of both"]
     assert legend(figure) == ["Thalamus", "Brain Stem"]
     assert frame_colours(figure)[:2] == [FIXED, MOVING]
@@ -206,7 +206,7 @@ def test_pairs_figure() -> None:
     figure = figures.pairs_figure({"real": blocks(), "synthetic": blocks()[:1]})
     visible = [ax for ax in figure.axes if ax.get_visible()]
     assert [ax.get_ylabel() for ax in visible] == ["real", "", "synthetic", ""]
-    assert len([ax for ax in figures.pairs_figure(blocks(), number=2).axes if ax.get_visible()]) == 4
+    assert len([ax for ax in figures.pairs_figure(blocks()).axes if ax.get_visible()]) == 4
 
 
 def test_registration_figure_warps_moving_to_fixed() -> None:
@@ -233,7 +233,7 @@ def test_millimetres_are_equally_long_in_figures_of_real_size(spatial: tuple[int
 def test_sides_are_where_the_letters_are(ax: Axes, plane: str) -> None:
     """A dot at the patient's right, front and feet end (low indices) is next to R, A and F."""
     ends = {"R": (0, 0), "L": (0, 1), "A": (1, 0), "P": (1, 1), "F": (2, 0), "H": (2, 1)}  # axis; low or high
-    volumes.show_slice(ax, volumes.classes(dot(1, 1, 1), None), vessels(), plane, 1, "")
+    figures.show_projection(ax, dot(1, 1, 1), None, vessels(), plane)
     at = {text.get_text(): np.array(text.get_position()) for text in ax.texts if len(text.get_text()) == 1}
     assert len(at) == 4
     ((column, row),) = np.argwhere((shown(ax) != 1).any(2))
@@ -296,27 +296,25 @@ def test_a_slab_lies_where_the_fixed_image_has_the_most_vessel() -> None:
 
 
 def test_projection_colours(ax: Axes) -> None:
-    figures.show_projection(ax, vessels().fixed[0], None, vessels())
+    figures.show_projection(ax, vessels().fixed[0], None, vessels(), "coronal")
     seen = (vessels().fixed[0] > 0).any(1).numpy()
     assert (shown(ax)[~seen] == 1).all()
     tint = (1 - shown(ax)[seen]) / (1 - np.array(to_rgb(FIXED)))
     assert np.allclose(tint, tint[:, :1]) and (tint > volumes.FAR).all()
 
 
-@pytest.mark.parametrize("plane", volumes.PLANES)
-def test_slice_colours(ax: Axes, plane: str) -> None:
+def test_slice_colours(ax: Axes) -> None:
     fixed, moving = vessels().labels[0]
-    volumes.show_slice(ax, volumes.classes(fixed, moving), vessels(), plane, 5, "")
-    a, b = (image.select(volumes.PLANES[plane].depth, 5).numpy() > 0 for image in (fixed, moving))
-    for colour, where in {"white": ~a & ~b, FIXED: a & ~b, MOVING: b & ~a, volumes.BOTH: a & b}.items():
+    volumes.show_slice(ax, volumes.classes(fixed, moving), vessels(), 4, "")
+    a, b = (image[:, 4].numpy() > 0 for image in (fixed, moving))
+    for colour, where in {"white": ~a & ~b, FIXED: a & ~b, MOVING: b & ~a, LINES: a & b}.items():
+        assert where.any()
         assert np.allclose(shown(ax)[where], to_rgb(colour))
 
 
-def test_volumes_refuse_slices_and_nothing(ax: Axes) -> None:
+def test_volumes_refuse_slices(ax: Axes) -> None:
     with pytest.raises(ValueError, match=r"not a grid of shape \(4, 5\)"):
-        figures.show_projection(ax, torch.zeros(4, 5, dtype=torch.uint8), None, vessels())
-    with pytest.raises(ValueError, match="nothing to draw"):
-        figures.show_projection(ax, None, None, vessels())
+        figures.show_projection(ax, torch.zeros(4, 5, dtype=torch.uint8), None, vessels(), "coronal")
 
 
 def test_volume_pair_figure() -> None:
@@ -335,27 +333,20 @@ def test_projections_before_and_after() -> None:
     assert len(figures.projections_figure(vessels()).axes) == 3
 
 
-@pytest.mark.parametrize(
-    ("plane", "position", "shift", "size"), [("coronal", 4, (3, 2), (20, 16)), ("sagittal", 4, (0, 2), (12, 16))]
-)
-def test_displacement_figure_moves_the_grid_and_measures_millimetres(
-    plane: str, position: int, shift: tuple[int, int], size: tuple[int, int]
-) -> None:
-    figure = figures.displacement_figure(vessels(), truth(), plane=plane, position=position)
+def test_displacement_figure_moves_the_grid_and_measures_millimetres() -> None:
+    figure = figures.displacement_figure(vessels(), truth())
     assert titles(figure)[:3] == ["fixed", "fixed grid, taken to moving", "how far it moves"]
     (lines,) = figure.axes[1].collections  # nothing folds
-    assert np.allclose(lines.get_segments()[0] - np.array(shift), [(0, i) for i in range(size[1])])
-    assert len(lines.get_segments()) == sum(size)
+    assert np.allclose(lines.get_segments()[0] - np.array([3, 2]), [(0, i) for i in range(16)])
+    assert len(lines.get_segments()) == 20 + 16
     assert np.allclose(figure.axes[2].images[0].get_array(), np.hypot(6, 2))
-    where = {"coronal": "coronal, 14 mm from the front", "sagittal": "sagittal, 9 mm from the right"}
-    assert figure.get_suptitle() == where[plane]
+    assert figure.get_suptitle() == "coronal, 20 mm from the front"
 
 
-@pytest.mark.parametrize("position", [0, None, 11])
-def test_displacement_figure_marks_folds_across_the_plane_too(position: int | None) -> None:
+def test_displacement_figure_marks_folds_across_the_plane_too() -> None:
     u = torch.zeros(3, *SPATIAL)
     u[1] = -2.0 * torch.arange(12.0)[None, :, None]  # reverses axis 1, which a coronal slice cannot show
-    figure = figures.displacement_figure(vessels(), u, position=position)
+    figure = figures.displacement_figure(vessels(), u)
     assert len(figure.axes[1].collections[1].get_offsets()) == 20 * 16
 
 
@@ -401,13 +392,13 @@ def test_panels_of_a_figure_have_one_scale(make: object) -> None:
 
 def test_slices_are_those_with_vessels() -> None:
     pairs = vessels()
-    assert volumes.slices_with_vessels(pairs, 0, "coronal", 99) == [3, 4, 5, 6, 7, 8]
-    assert volumes.slices_with_vessels(pairs, 0, "coronal", 3) == [3, 6, 8]
+    assert animations.slices_with_vessels(pairs, 0, 99) == [3, 4, 5, 6, 7, 8]
+    assert animations.slices_with_vessels(pairs, 0, 3) == [3, 6, 8]
     speck = pairs.labels.clone()
     speck[0, :, 0, 0, 0], speck[0, :, :, 5] = 1, 1  # the first is less than a twentieth of the second
-    assert volumes.slices_with_vessels(replace(pairs, labels=speck), 0, "coronal", 99)[0] > 0
+    assert animations.slices_with_vessels(replace(pairs, labels=speck), 0, 99)[0] > 0
     empty = replace(pairs, labels=torch.zeros_like(pairs.labels))
-    assert volumes.slices_with_vessels(empty, 0, "axial", 3) == [0, 8, 15]
+    assert animations.slices_with_vessels(empty, 0, 3) == [0, 6, 11]
 
 
 # ---- curves
@@ -467,8 +458,6 @@ def test_error_curves() -> None:
     colours = [to_hex(line.get_color()).upper() for line in (before, median, after)]
     assert colours == [METHODS[0][0], METHODS[0][0], METHODS[1][0]]
     assert ax.yaxis.get_major_formatter()(0.5) == "50"
-    with pytest.raises(ValueError, match="no landmark errors of 'none'"):
-        figures.error_curves_figure({"none": torch.empty(0)})
 
 
 # ---- animations
@@ -549,7 +538,7 @@ def test_widget_blends_from_fixed_to_warped(widget: ipywidgets.VBox) -> None:
     leaf, blend, pages = sliders_and_pages(widget)
     assert leaf.max + 1 == len(pages.children) == 6
     assert blend.max + 1 == len(pages.children[0].children[0].children) == animations.BLENDS
-    ends = {0: {FIXED}, animations.BLENDS // 2: {FIXED, MOVING, volumes.BOTH}, animations.BLENDS - 1: {MOVING}}
+    ends = {0: {FIXED}, animations.BLENDS // 2: {FIXED, MOVING, LINES}, animations.BLENDS - 1: {MOVING}}
     for step, colours in ends.items():
         found = {tuple(rgb) for rgb in picture(widget, 0, step).reshape(-1, 3)}
         assert {to_hex(np.array(rgb) / 255).upper() for rgb in found} == {"#FFFFFF", *colours}

@@ -5,9 +5,8 @@ notebook. Fixed is blue and moving is orange, everywhere. Figures are already cl
 one that a cell returns, once.
 """
 
-from .animations import slices_animation, slices_widget, unmasking_animation, warp_animation
+from .animations import player, slices_animation, slices_widget, unmasking_animation, warp_animation
 from .curves import area_figure, codebook_figure, dice_figure, error_curves_figure, memorisation_figure, training_curve
-from .players import player
 from .slices import pair_figure, pairs_figure, registration_figure, show_grid, show_labels, show_overlap, show_tokens
 from .style import FIXED, GREEN, GREY, LINES, METHODS, MOVING, VERMILION, closed_figure, structure_of, use_style
 from .volumes import displacement_figure, landmark_figure, projections_figure, show_projection, volume_pair_figure

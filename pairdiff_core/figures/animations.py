@@ -1,25 +1,59 @@
 """Figures that move: players for slices and volumes, and a widget to browse the slices of a volume."""
 
+import base64
 import io
+import re
+from collections.abc import Callable
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import HTML
+from matplotlib.animation import FuncAnimation
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from pairdiff_core.figures import slices, volumes
-from pairdiff_core.figures.images import field_of_view, image_figure, warped
-from pairdiff_core.figures.players import player
-from pairdiff_core.figures.style import FIXED, MASKED, MOVING, legend_below
+from pairdiff_core.figures.style import FIXED, MASKED, MOVING, field_of_view, image_figure, legend_below, warped
 from pairdiff_core.pairs import PairSet
 
 FRAMES = 24  # at most, in a player of tokens
 PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB
-WIDGET_SLICES = 12
+WIDGET_SLICES = 12  # at most
 WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels a voxel
 BLENDS = 5  # images from fixed to warped in the widget
+DPI = 80
+COLOURS = 128  # of a frame's palette: keeps players small
+# For the buttons, in their order, instead of matplotlib's icons, whose font comes from another host
+SYMBOLS = ("&minus;", "|&#9664;", "&lsaquo;", "&#9664;", "||", "&#9654;", "&rsaquo;", "&#9654;|", "+")
+
+
+def player(figure: Figure, draw: Callable[[int], None], frames: int, alt: str, mode: str = "once") -> HTML:
+    """A JavaScript player that needs no kernel and no network.
+
+    Args:
+        draw: draws the frame of a number, 0 to ``frames`` - 1, on ``figure``.
+        alt: what the frames show, for those who cannot see them.
+        mode: "once", "loop" or "reflect".
+    """
+    animation = FuncAnimation(figure, lambda frame: draw(frame) or [], frames=frames, interval=250)
+    with plt.rc_context({"savefig.dpi": DPI}):
+        page = animation.to_jshtml(default_mode=mode)
+    page = re.sub(r"<link[^>]*>", "", page)
+    for symbol in SYMBOLS:
+        page = re.sub(r'<i class="fa [^>]*></i>', symbol, page, count=1)
+    page = page.replace('<img id="', f'<img style="max-width: 100%" alt="{alt}" id="')
+    return HTML(re.sub(r"data:image/png;base64,([^\"']+)", _with_palette, page))
+
+
+def _with_palette(match: re.Match[str]) -> str:
+    """The data address of a PNG in few colours, a third as large."""
+    image = Image.open(io.BytesIO(base64.b64decode(match[1].replace("\\\n", "")))).convert("RGB")
+    small = io.BytesIO()
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
 
 
 def unmasking_animation(states: torch.Tensor, mask_token: int, grid: tuple[int, int], pairs: PairSet) -> HTML:
@@ -57,8 +91,7 @@ def unmasking_animation(states: torch.Tensor, mask_token: int, grid: tuple[int, 
 def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> HTML:
     """A player that warps the moving image onto the fixed one: it follows t * u as t goes from 0 to 1.
 
-    Args:
-        displacement: float (N, 2, H, W), voxels, fixed to moving, one for each pair of the set.
+    Displacements are float (N, 2, H, W), voxels, fixed to moving, one for each pair of the set.
     """
     times = np.linspace(0, 1, 11)
     width, height = field_of_view(pairs)
@@ -70,60 +103,58 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
         for ax in axes:
             ax.clear()
         moved = warped(pairs, index, t * displacement[index])
-        title = f"moving, warped: t = {t:.1f}"
-        slices.show_labels(axes[0], moved, pairs, title, MOVING, marks=True)
+        slices.show_labels(axes[0], moved, pairs, f"moving, warped: t = {t:.1f}", MOVING, marks=True)
         slices.show_overlap(axes[1], pairs.fixed[index], moved, pairs, "outlines")
 
     return player(figure, draw, len(times), "The moving image is warped onto the fixed one.", mode="reflect")
 
 
-def slices_animation(
-    pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None, plane: str = "coronal"
-) -> HTML:
-    """A player with a slider that goes through the slices of a pair: both images before, and after registration.
+def slices_with_vessels(pairs: PairSet, index: int, number: int) -> list[int]:
+    """At most ``number`` coronal positions, evenly spread from a pair's first slice that shows vessels to its last.
 
-    Args:
-        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving; None shows only the pair as it is.
+    A slice with less than a twentieth of what the fullest one has does not count: the first image would look empty.
+    """
+    filled = (pairs.labels[index] > 0).any(0).sum((0, 2)).numpy()
+    low, high = np.flatnonzero(filled >= 0.05 * filled.max())[[0, -1]]
+    return np.linspace(low, high, min(number, high - low + 1)).round().astype(int).tolist()
+
+
+def slices_animation(pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None) -> HTML:
+    """A player that goes through the coronal slices of a pair: both images before, and after registration.
+
+    The displacement is float (3, H, W, D), voxels, fixed to moving; without one, the pair is shown as it is.
     """
     panels = {"": volumes.classes(*pairs.labels[index])}
     if displacement is not None:
         after = volumes.classes(pairs.fixed[index], warped(pairs, index, displacement))
         panels = {"before": panels[""], "after": after}
-    positions = volumes.slices_with_vessels(pairs, index, plane, PLAYER_SLICES)
-    figure, [axes] = volumes.planes_figure(pairs, [plane] * len(panels))
+    positions = slices_with_vessels(pairs, index, PLAYER_SLICES)
+    figure, [axes] = volumes.planes_figure(pairs, ["coronal"] * len(panels))
     figure.set_figheight(figure.get_figheight() + 0.3)
     volumes.classes_legend(figure, "moving" if displacement is None else "moving or warped")
     above = figure.suptitle(" ")
 
     def draw(frame: int) -> None:
-        above.set_text(volumes.slice_position(pairs, plane, positions[frame]))
+        above.set_text(volumes.slice_position(pairs, positions[frame]))
         for ax, (when, classes) in zip(axes, panels.items(), strict=True):
             ax.clear()
-            volumes.show_slice(ax, classes, pairs, plane, positions[frame], when)
+            volumes.show_slice(ax, classes, pairs, positions[frame], when)
 
-    alt = f"The {plane} slices of a pair of volumes, one after the other."
-    return player(figure, draw, len(positions), alt)
+    return player(figure, draw, len(positions), "The coronal slices of a pair of volumes, one after the other.")
 
 
-def slices_widget(
-    pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None, plane: str = "coronal"
-) -> ipywidgets.VBox:
-    """A widget with two sliders: browse the slices, and blend from the fixed image to the warped one.
+def slices_widget(pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None) -> ipywidgets.VBox:
+    """A widget with two sliders: browse the coronal slices, and blend from the fixed image to the warped one.
 
-    Every image is made beforehand and the sliders are linked in the browser, so the widget works in JupyterLab and
-    equally well in a static page without a kernel.
-
-    Args:
-        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving; None blends to the moving image.
-        plane: one of volumes.PLANES.
+    The displacement is float (3, H, W, D), voxels, fixed to moving; without one, it blends to the moving image. Every
+    image is made beforehand and the sliders are linked in the browser, so the widget needs no kernel.
     """
-    view, mm = volumes.PLANES[plane], field_of_view(pairs)
     moving = pairs.moving[index] if displacement is None else warped(pairs, index, displacement)
     classes = volumes.classes(pairs.fixed[index], moving)
-    positions = volumes.slices_with_vessels(pairs, index, plane, WIDGET_SLICES)
-    across = pairs.spatial[view.across]
+    positions = slices_with_vessels(pairs, index, WIDGET_SLICES)
+    across, _, along = pairs.spatial
     times = min(8, -(-WIDGET_PIXELS // across))  # pixels a voxel
-    width, height = times * across, round(times * across * mm[view.along] / mm[view.across])
+    width, height = times * across, round(times * along * pairs.spacing[2] / pairs.spacing[0])
     layout = ipywidgets.Layout(width=f"{width}px", height=f"{height}px")
     leaf, blend = (
         ipywidgets.IntSlider(n // 2, 0, n - 1, description=name, readout=False, layout={"width": "320px"})
@@ -131,30 +162,28 @@ def slices_widget(
     )
     pages = []
     for position in positions:
-        shown = classes.take(position, view.depth)
-        pngs = [_blended_png(shown, share, view.upward, times) for share in np.linspace(0, 1, BLENDS)]
+        pngs = [_blended_png(classes[:, position], share, times) for share in np.linspace(0, 1, BLENDS)]
         images = [ipywidgets.Image(value=png, layout=layout) for png in pngs]
         stack = ipywidgets.Stack(images, selected_index=blend.value)
         ipywidgets.jslink((blend, "value"), (stack, "selected_index"))
-        pages.append(ipywidgets.VBox([stack, ipywidgets.Label(volumes.slice_position(pairs, plane, position))]))
+        pages.append(ipywidgets.VBox([stack, ipywidgets.Label(volumes.slice_position(pairs, position))]))
     book = ipywidgets.Stack(pages, selected_index=leaf.value)
     ipywidgets.jslink((leaf, "value"), (book, "selected_index"))
-    left, right, top, bottom = (ipywidgets.HTML(f"<b>{letter}</b>") for letter in view.letters)
+    right, left, head, feet = (ipywidgets.HTML(f"<b>{letter}</b>") for letter in "RLHF")
     centred = {"align_items": "center"}
-    middle = ipywidgets.HBox([left, book, right], layout=centred)
+    image = ipywidgets.VBox([head, ipywidgets.HBox([right, book, left], layout=centred), feet], layout=centred)
     last = "moving" if displacement is None else "warped"
     ends = ipywidgets.HBox([blend, ipywidgets.Label(f"from fixed to {last}; dark where both have a vessel")])
-    image = ipywidgets.VBox([top, middle, bottom], layout=centred)
     return ipywidgets.VBox([leaf, ends, image], layout={"align_items": "flex-start"})
 
 
-def _blended_png(classes: np.ndarray, share: float, upward: bool, times: int) -> bytes:
+def _blended_png(classes: np.ndarray, share: float, times: int) -> bytes:
     """Classes (across, along) as a PNG of four colours: fixed at a strength of 1 - share, moving at ``share``."""
     strength = np.array([0.0, min(1.0, 2 * (1 - share)), min(1.0, 2 * share), 1.0])
     colours = 1 - strength[:, None] * (1 - volumes.CLASSES)
     if share in (0.0, 1.0):  # one image alone: where both have a vessel, it has the colour of that image
         colours[3] = colours[1 + int(share)]
-    image = Image.fromarray(np.ascontiguousarray(classes.T[:: -1 if upward else 1]))
+    image = Image.fromarray(np.ascontiguousarray(classes.T[::-1]))
     image.putpalette((255 * colours).round().astype(np.uint8).flatten().tolist())
     out = io.BytesIO()
     ImageOps.scale(image, times, Image.Resampling.NEAREST).save(out, "PNG", optimize=True, bits=2)

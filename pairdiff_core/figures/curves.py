@@ -14,11 +14,7 @@ from pairdiff_core.figures.style import GREEN, GREY, LINES, METHODS, closed_figu
 
 
 def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
-    """What was logged during training, one panel a quantity.
-
-    Args:
-        history: "step" and named numbers of each logged step, as ``training.fit`` returns them.
-    """
+    """What was logged during training, as ``training.fit`` returns it: "step" and named numbers, one panel each."""
     names = [name for name in history[0] if name != "step"]
     columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
     rows = math.ceil(len(names) / columns)
@@ -64,12 +60,9 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
 
 
 def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Sizes of the structures in real and in synthetic images: mean and standard deviation over the images.
+    """Mean and standard deviation of the sizes of structures in real and synthetic images, in percent of the real mean.
 
-    Both are in percent of the real images' mean, as structures differ in size by a factor of a hundred.
-
-    Args:
-        rows: the table of ``metrics.compare_areas``; a structure that no real image has is left empty.
+    ``rows`` is the table of ``metrics.compare_areas``; a structure that no real image has is left empty.
     """
     figure, [[ax]] = closed_figure(1, 1, (7.5, 0.28 * len(rows) + 0.9))
     percent = np.array([row["real_mean"] or np.nan for row in rows]) / 100
@@ -87,11 +80,7 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def codebook_figure(counts: torch.Tensor) -> Figure:
-    """How often each code is used, from the most to the least frequent.
-
-    Args:
-        counts: integers (K,), as in ``metrics.codebook_use(...).counts``.
-    """
+    """How often each code is used, most frequent first: integers (K,), as in ``metrics.codebook_use(...).counts``."""
     share = 100 * counts.sort(descending=True).values.double().cpu().numpy() / max(1, int(counts.sum()))
     figure, [[ax]] = closed_figure(1, 1, (7.5, 2.8))
     ax.stairs(share, fill=True, color=GREEN)
@@ -103,11 +92,7 @@ def codebook_figure(counts: torch.Tensor) -> Figure:
 
 
 def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tensor, threshold: float) -> Figure:
-    """Distances to the nearest training pair, of synthetic samples and of held-out real pairs.
-
-    Args:
-        distances, held_out_distances, threshold: fields of ``metrics.memorisation_audit(...)``, 0 to 1.
-    """
+    """Distances to the nearest training pair, 0 to 1, of a ``metrics.memorisation_audit(...)``, and its threshold."""
     figure, [[ax]] = closed_figure(1, 1, (7.5, 3.0))
     named = {"held-out real pairs": held_out_distances.cpu(), "synthetic pairs": distances.cpu()}
     bins = np.linspace(0, max(0.1, 1.02 * float(torch.cat(list(named.values())).max())), 50)
@@ -123,16 +108,12 @@ def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tenso
 def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     """Cumulative landmark errors: for each method, the share of landmarks that are at most x mm off.
 
-    Args:
-        errors: method to target registration errors, float (K,), mm, such as
-            ``metrics.target_registration_error`` gives; K may differ. The order decides a method's colour and marker.
-            The marker is the median. The axis ends where 99 % of the landmarks of each method are shown.
+    ``errors`` are method to target registration errors, float (K,), mm; K may differ. The order decides a method's
+    colour and marker. The marker is the median. The axis ends where 99 % of the landmarks of each method are shown.
     """
     figure, [[ax]] = closed_figure(1, 1, (7.5, 3.6))
     end = 1e-6
     for (method, values), (colour, marker) in zip(errors.items(), cycle(METHODS), strict=False):
-        if not len(values):
-            raise ValueError(f"there are no landmark errors of {method!r}")
         mm = values.double().numpy(force=True)
         median, end = np.median(mm), max(end, np.quantile(mm, 0.99))
         ax.ecdf(mm, color=colour)

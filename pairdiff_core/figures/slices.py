@@ -1,6 +1,7 @@
 """Figures of 2D slices: label maps, overlaps, deformed grids and tokens.
 
-Array axis 0 runs to the right and axis 1 downwards.
+Array axis 0 runs to the right and axis 1 downwards. Images are uint8 (H, W), such as ``pairs.fixed[0]`` or a warped
+one; the set that they belong to tells names, colours and spacing.
 """
 
 from collections.abc import Mapping
@@ -12,13 +13,13 @@ from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 
 from pairdiff_core import fields
-from pairdiff_core.figures.images import deformed_grid, field_of_view, image_figure, show_image, warped
-from pairdiff_core.figures.style import FIXED, GREY, MASKED, MOVING, structure_colours, structure_legend
+from pairdiff_core.figures import style
+from pairdiff_core.figures.style import FIXED, GREY, MASKED, MOVING
 from pairdiff_core.pairs import PairSet
 
 
-def _sides(image: np.ndarray, pairs: PairSet) -> dict[tuple[float, float], str]:
-    """Letters for the patient's sides, in the upper corners: where the labels named Left- and Right- lie.
+def _sides(image: np.ndarray, pairs: PairSet) -> str:
+    """Letters for the patient's sides, from left to right: where the labels named Left- and Right- lie.
 
     If they are not there, left is at low indices of array axis 0: the data sets are loaded that way.
     """
@@ -27,24 +28,19 @@ def _sides(image: np.ndarray, pairs: PairSet) -> dict[tuple[float, float], str]:
         labels = [label for label, name in enumerate(pairs.label_names) if name.startswith(side)]
         across = np.nonzero(np.isin(image, labels))[0]
         centres.append(across.mean() if len(across) else np.nan)
-    right_is_low = centres[0] > centres[1]  # False for NaN
-    return dict(zip(((0.03, 0.98), (0.97, 0.98)), "RL" if right_is_low else "LR", strict=True))
+    return "RL" if centres[0] > centres[1] else "LR"  # a comparison with NaN is False
 
 
 def show_labels(
     ax: Axes, image: torch.Tensor, pairs: PairSet, title: str = "", colour: str = GREY, marks: bool = False
 ) -> None:
-    """Draw a label map.
+    """Draw a label map in a frame of a ``colour``; FIXED and MOVING distinguish the two images.
 
-    Args:
-        image: uint8 (H, W), such as ``pairs.fixed[0]`` or a warped one.
-        pairs: the set it belongs to, for names, colours and spacing.
-        colour: of the frame; FIXED and MOVING distinguish the two images.
-        marks: with scale bar and the patient's sides. One image of a row is enough.
+    ``marks`` are a scale bar and the patient's sides. One image of a row is enough.
     """
     array = image.numpy(force=True)
-    sides = _sides(array, pairs) if marks else None
-    show_image(ax, structure_colours(pairs)[array], pairs.spacing, title, colour, sides)
+    sides = _sides(array, pairs) if marks else ""
+    style.show_image(ax, style.structure_colours(pairs)[array], pairs.spacing, title, colour, sides)
 
 
 def show_overlap(
@@ -52,12 +48,11 @@ def show_overlap(
 ) -> None:
     """Draw the outlines of all structures of the fixed (blue) and the moving or warped image (orange).
 
-    Args:
-        fixed, moving: uint8 (H, W). The ground is grey where the two agree on a structure.
+    The ground is grey where the two agree on a structure; ``marks`` as in :func:`show_labels`.
     """
     a, b = fixed.numpy(force=True), moving.numpy(force=True)
     ground = np.where(((a == b) & (a > 0))[..., None], np.full(3, 0.88), 1.0)
-    show_image(ax, ground, pairs.spacing, title, letters=_sides(a, pairs) if marks else None)
+    style.show_image(ax, ground, pairs.spacing, title, letters=_sides(a, pairs) if marks else "")
     for image, colour in ((a, FIXED), (b, MOVING)):
         padded = np.pad(image, 1)  # closes the outline of a structure that the edge of the image cuts
         x, y = (np.arange(-1, size + 1) for size in image.shape)
@@ -68,20 +63,17 @@ def show_overlap(
 def show_grid(ax: Axes, displacement: torch.Tensor, pairs: PairSet, title: str = "") -> None:
     """Draw a regular grid of the fixed image where the displacement takes it in the moving image: x + u(x).
 
-    Args:
-        displacement: float (2, H, W), voxels, fixed to moving. A dot marks where the map folds.
+    The displacement is float (2, H, W), voxels, fixed to moving. A dot marks where the map folds.
     """
     u = displacement.detach().cpu()
-    show_image(ax, np.ones((*u.shape[1:], 3)), pairs.spacing, title)
-    deformed_grid(ax, u, fields.jacobian_determinant(u[None])[0] <= 0)
+    style.show_image(ax, np.ones((*u.shape[1:], 3)), pairs.spacing, title)
+    style.deformed_grid(ax, u, fields.jacobian_determinant(u[None])[0] <= 0)
 
 
 def show_tokens(ax: Axes, tokens: torch.Tensor, mask_token: int | None = None, title: str = "") -> None:
-    """Draw a grid of tokens: a colour for each code, in no order as codes have none, and grey where masked.
+    """Draw a grid of tokens, integers (H, W): a colour for each code, in no order as codes have none.
 
-    Args:
-        tokens: integers (H, W).
-        mask_token: the integer that stands for a masked token, if there is one.
+    Grey stands for ``mask_token``, the integer of a masked token, if there is one.
     """
     array = tokens.numpy(force=True)
     hue = array * 0.6180339887 % 1.0  # the golden ratio keeps the hues of successive codes apart
@@ -90,38 +82,35 @@ def show_tokens(ax: Axes, tokens: torch.Tensor, mask_token: int | None = None, t
     if mask_token is not None:
         colours[array == mask_token] = to_rgb(MASKED)
     ax.imshow(colours.swapaxes(0, 1), interpolation="nearest")
-    ax.set(xticks=np.arange(array.shape[0] + 1) - 0.5, yticks=np.arange(array.shape[1] + 1) - 0.5)
+    ax.set(xticks=np.arange(array.shape[0] + 1) - 0.5, yticks=np.arange(array.shape[1] + 1) - 0.5, title=title)
     ax.grid(color="white", linewidth=1)
     ax.tick_params(length=0, labelbottom=False, labelleft=False)
     ax.spines[:].set_visible(False)
-    ax.set_title(title)
 
 
-def pair_figure(pairs: PairSet, index: int = 0) -> Figure:
-    """One pair: the fixed image, the moving image, and their outlines over each other."""
-    width, height = field_of_view(pairs)
-    fixed, moving = pairs.labels[index]
-    figure, [axes] = image_figure([width] * 3, [height])
+def pair_figure(pairs: PairSet) -> Figure:
+    """The first pair: the fixed image, the moving image, and their outlines over each other."""
+    width, height = style.field_of_view(pairs)
+    fixed, moving = pairs.labels[0]
+    figure, [axes] = style.image_figure([width] * 3, [height])
     show_labels(axes[0], fixed, pairs, "fixed", FIXED, marks=True)
     show_labels(axes[1], moving, pairs, "moving", MOVING)
     show_overlap(axes[2], fixed, moving, pairs, "outlines of both")
-    structure_legend(figure, pairs, pairs.labels[index])
+    _structure_legend(figure, pairs, pairs.labels[0])
     return figure
 
 
-def pairs_figure(sets: PairSet | Mapping[str, PairSet], number: int = 3) -> Figure:
-    """The first pairs of one or several sets, such as real and synthetic pairs, or pairs and their reconstructions.
+def pairs_figure(sets: PairSet | Mapping[str, PairSet]) -> Figure:
+    """The first three pairs of one or several sets, such as real and synthetic pairs, or pairs and reconstructions.
 
-    Args:
-        sets: a PairSet, or several by the name that is written beside their row.
-        number: how many pairs of each set; a pair is two neighbouring columns, fixed and moving.
+    ``sets`` are a PairSet, or several by the name that is written beside their row. Each pair takes two columns.
     """
-    named = {"": sets} if isinstance(sets, PairSet) else dict(sets)
+    named = {"": sets} if isinstance(sets, PairSet) else sets
     first = next(iter(named.values()))
-    number = min(number, *(len(pairs) for pairs in named.values()))
-    width, height = field_of_view(first)
+    number = min(3, *(len(pairs) for pairs in named.values()))
+    width, height = style.field_of_view(first)
     columns = [width, width, 0.06 * width] * number  # a gap after each pair
-    figure, axes = image_figure(columns, [height] * len(named), gap=0.1)
+    figure, axes = style.image_figure(columns, [height] * len(named), gap=0.1)
     for row, (name, pairs) in enumerate(named.items()):
         for index in range(number):
             fixed, moving, gap = axes[row, 3 * index : 3 * index + 3]
@@ -130,25 +119,32 @@ def pairs_figure(sets: PairSet | Mapping[str, PairSet], number: int = 3) -> Figu
             show_labels(moving, pairs.moving[index], pairs, titles[1], MOVING)
             gap.set_visible(False)
         axes[row, 0].set_ylabel(name)
-    structure_legend(figure, first, torch.cat([pairs.labels[:number].flatten() for pairs in named.values()]))
+    _structure_legend(figure, first, torch.cat([pairs.labels[:number].flatten() for pairs in named.values()]))
     return figure
 
 
 def registration_figure(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> Figure:
     """A registered pair: both images and the warped one, the outlines before and after, the deformed grid.
 
-    Args:
-        displacement: float (N, 2, H, W), voxels, fixed to moving, one for each pair of the set.
+    Displacements are float (N, 2, H, W), voxels, fixed to moving, one for each pair of the set.
     """
-    width, height = field_of_view(pairs)
+    width, height = style.field_of_view(pairs)
     fixed, moving = pairs.labels[index]
-    moved = warped(pairs, index, displacement[index])
-    figure, axes = image_figure([width] * 3, [height] * 2)
+    moved = style.warped(pairs, index, displacement[index])
+    figure, axes = style.image_figure([width] * 3, [height] * 2)
     show_labels(axes[0, 0], fixed, pairs, "fixed", FIXED, marks=True)
     show_labels(axes[0, 1], moving, pairs, "moving", MOVING)
     show_labels(axes[0, 2], moved, pairs, "moving, warped", MOVING)
     show_overlap(axes[1, 0], fixed, moving, pairs, "outlines before")
     show_overlap(axes[1, 1], fixed, moved, pairs, "outlines after")
     show_grid(axes[1, 2], displacement[index], pairs, "fixed grid, taken to moving")
-    structure_legend(figure, pairs, pairs.labels[index])
+    _structure_legend(figure, pairs, pairs.labels[index])
     return figure
+
+
+def _structure_legend(figure: Figure, pairs: PairSet, labels: torch.Tensor) -> None:
+    """Name the structures that occur in ``labels`` below the figure; left and right share one entry."""
+    colours = style.structure_colours(pairs)
+    present = [label for label in labels.unique().tolist() if label > 0]
+    named = {style.structure_of(pairs.label_names[label]).replace("-", " "): colours[label] for label in present}
+    style.legend_below(figure, int(figure.get_figwidth() / 1.9), named)

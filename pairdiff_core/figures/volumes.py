@@ -4,7 +4,7 @@ Axes are those of the lungs: 0 runs to the patient's left, 1 to the back, 2 upwa
 convention: coronal planes are seen from the front and axial ones from the feet, so the patient's right is on your
 left; sagittal planes are seen from the patient's left, so the front is on your left. Letters at the edges say so:
 R and L, A(nterior) and P(osterior), H(ead) and F(eet). All labels above 0 count as vessel. Fixed is blue, moving is
-orange, and where both have a vessel it is dark grey.
+orange, and where both have a vessel it is dark grey. Slices are coronal.
 """
 
 from typing import Any, NamedTuple
@@ -18,18 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from pairdiff_core import fields
-from pairdiff_core.figures.images import deformed_grid, field_of_view, image_figure, show_image, warped
-from pairdiff_core.figures.style import FIXED, GREY, LINES, MOVING, legend_below
+from pairdiff_core.figures import style
+from pairdiff_core.figures.style import FIXED, GREY, LINES, MOVING
 from pairdiff_core.pairs import PairSet
 
-BOTH = LINES  # where fixed and moving agree on a vessel
-CLASSES = np.array([to_rgb(colour) for colour in ("white", FIXED, MOVING, BOTH)])
+CLASSES = np.array([to_rgb(colour) for colour in ("white", FIXED, MOVING, LINES)])  # of what `classes` returns
 TOGETHER_MM = 2.0  # two vessels no farther apart in depth are drawn as one
 FAR = 0.35  # strength of the colour of what lies farthest from you in a projection; the nearest has 1
-SHADES = 6  # levels of that strength in a projection: files get half as large and look the same
+SHADES = 6  # levels of that strength: files get half as large and look the same
 LENGTHS = matplotlib.colormaps["viridis_r"].resampled(16)  # colours of lengths in millimetres
 ARROWS = 250  # at most, in one image
-EDGES = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.985), (0.5, 0.015))  # of the Axes: left, right, top, bottom
 
 
 class Plane(NamedTuple):
@@ -41,24 +39,21 @@ class Plane(NamedTuple):
     upward: bool
     near_is_low: bool  # whether low indices of ``depth`` are nearer to you
     letters: str  # at the left, right, top and bottom edge
-    origin: str  # from where the millimetres of a slice are counted
 
 
 PLANES = {
-    "coronal": Plane(0, 2, 1, True, True, "RLHF", "front"),
-    "sagittal": Plane(1, 2, 0, True, False, "APHF", "right"),
-    "axial": Plane(0, 1, 2, False, True, "RLAP", "bottom"),
+    "coronal": Plane(0, 2, 1, True, True, "RLHF"),
+    "sagittal": Plane(1, 2, 0, True, False, "APHF"),
+    "axial": Plane(0, 1, 2, False, True, "RLAP"),
 }
 
 
 def classes(fixed: torch.Tensor | None, moving: torch.Tensor | None) -> np.ndarray:
-    """Where two label maps (H, W, D) have a vessel: 0 neither, 1 fixed only, 2 moving only, 3 both; uint8 (H, W, D).
+    """Where label maps (H, W, D) have a vessel: 0 neither, 1 fixed only, 2 moving only, 3 both; uint8 (H, W, D).
 
     One of the two may be None.
     """
     numbered = [(number, image) for number, image in ((1, fixed), (2, moving)) if image is not None]
-    if not numbered:
-        raise ValueError("neither a fixed nor a moving image was given: there is nothing to draw")
     found = sum((image.numpy(force=True) > 0) * np.uint8(number) for number, image in numbered)
     if found.ndim != 3:
         raise ValueError(f"this draws volumes, not a grid of shape {found.shape}: figures.slices draws slices")
@@ -70,9 +65,8 @@ def project(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A maximum-intensity projection of vessels that get fainter with their distance from you.
 
-    The maximum over each line of sight is then the vessel nearest to you, so each pixel shows one location, not a
-    mixture of several. Both images count as present if their nearest vessels are no more than TOGETHER_MM, or one
-    voxel, apart in depth.
+    Each pixel thus shows the vessel nearest to you. Both images count as present if their nearest vessels are no more
+    than TOGETHER_MM, or one voxel, apart in depth.
 
     Args:
         found: integers 0 to 3, (H, W, D), see :func:`classes`.
@@ -108,64 +102,58 @@ def show_projection(
     fixed: torch.Tensor | None,
     moving: torch.Tensor | None,
     pairs: PairSet,
-    plane: str = "coronal",
+    plane: str,
     title: str = "",
     colour: str = GREY,
     slab_mm: float | None = None,
 ) -> None:
     """Draw the vessels of one or both images, seen through the whole volume or a slab; see :func:`project`.
 
-    Args:
-        fixed, moving: labels, uint8 (H, W, D), such as ``pairs.fixed[0]`` or a warped one; one of them may be None.
-        pairs: the set they belong to, for the spacing.
-        plane: one of PLANES.
-        colour: of the frame.
-        slab_mm: see :func:`project`.
+    Images are uint8 (H, W, D), such as ``pairs.fixed[0]`` or a warped one; one of them may be None. ``pairs`` is the
+    set they belong to, for the spacing, ``plane`` is one of PLANES, and ``colour`` that of the frame.
     """
     found, strength = project(classes(fixed, moving), plane, pairs.spacing, slab_mm)
     strength = np.ceil(SHADES * strength) / SHADES
     _show(ax, 1 - strength[..., None] * (1 - CLASSES[found]), pairs, plane, title, colour)
 
 
-def show_slice(ax: Axes, found: np.ndarray, pairs: PairSet, plane: str, position: int, title: str) -> None:
-    """Draw the slice of ``found``, see :func:`classes`, at the index ``position`` along the plane's depth."""
-    _show(ax, CLASSES[found.take(position, PLANES[plane].depth)], pairs, plane, title)
+def show_slice(ax: Axes, found: np.ndarray, pairs: PairSet, position: int, title: str) -> None:
+    """Draw the coronal slice of ``found``, see :func:`classes`, at an index of array axis 1."""
+    _show(ax, CLASSES[found[:, position]], pairs, "coronal", title)
 
 
-def slice_position(pairs: PairSet, plane: str, position: int) -> str:
-    """Where a slice lies, in words: its plane and its distance in mm from the edge of the volume."""
-    view = PLANES[plane]
-    return f"{plane}, {pairs.spacing[view.depth] * (position + 0.5):.0f} mm from the {view.origin}"
+def slice_position(pairs: PairSet, position: int) -> str:
+    """Where a coronal slice lies, in words: its distance in mm from the edge of the volume."""
+    return f"coronal, {pairs.spacing[1] * (position + 0.5):.0f} mm from the front"
 
 
 def _show(
-    ax: Axes, picture: np.ndarray, pairs: PairSet, plane: str, title: str, colour: str = GREY, **style: Any
+    ax: Axes, picture: np.ndarray, pairs: PairSet, plane: str, title: str, colour: str = GREY, **options: Any
 ) -> AxesImage:
-    """Draw an image of a plane, with letters at its edges; see :func:`show_image`."""
+    """Draw an image of a plane, with letters at its edges; see ``style.show_image``."""
     view = PLANES[plane]
     spacing = (pairs.spacing[view.across], pairs.spacing[view.along])
-    letters = dict(zip(EDGES, view.letters, strict=True))
-    return show_image(ax, picture, spacing, title, colour, letters, view.upward, **style)
+    return style.show_image(ax, picture, spacing, title, colour, view.letters, view.upward, **options)
 
 
 def planes_figure(pairs: PairSet, planes: list[str], rows: int = 1) -> tuple[Figure, np.ndarray]:
     """A closed figure for images of these planes at one scale, and its Axes (rows, planes)."""
-    mm, views = field_of_view(pairs), [PLANES[plane] for plane in planes]
-    return image_figure([mm[view.across] for view in views], [max(mm[view.along] for view in views)] * rows)
+    mm, views = style.field_of_view(pairs), [PLANES[plane] for plane in planes]
+    return style.image_figure([mm[view.across] for view in views], [max(mm[view.along] for view in views)] * rows)
 
 
 def classes_legend(figure: Figure, moving: str = "moving") -> None:
     """Name the colours of the vessels below the figure."""
-    legend_below(figure, 3, {"fixed only": FIXED, f"{moving} only": MOVING, "both": BOTH})
+    style.legend_below(figure, 3, {"fixed only": FIXED, f"{moving} only": MOVING, "both": LINES})
 
 
-def volume_pair_figure(pairs: PairSet, index: int = 0, plane: str = "coronal", slab_mm: float | None = None) -> Figure:
-    """One pair as projections: the fixed image, the moving image, and both; for ``slab_mm`` see :func:`project`."""
-    fixed, moving = pairs.labels[index]
-    figure, [axes] = planes_figure(pairs, [plane] * 3)
-    show_projection(axes[0], fixed, None, pairs, plane, "fixed", FIXED, slab_mm)
-    show_projection(axes[1], None, moving, pairs, plane, "moving", MOVING, slab_mm)
-    show_projection(axes[2], fixed, moving, pairs, plane, "both", slab_mm=slab_mm)
+def volume_pair_figure(pairs: PairSet, slab_mm: float | None = None) -> Figure:
+    """The first pair, seen from the front: the fixed image, the moving image, and both; see :func:`project`."""
+    fixed, moving = pairs.labels[0]
+    figure, [axes] = planes_figure(pairs, ["coronal"] * 3)
+    show_projection(axes[0], fixed, None, pairs, "coronal", "fixed", FIXED, slab_mm)
+    show_projection(axes[1], None, moving, pairs, "coronal", "moving", MOVING, slab_mm)
+    show_projection(axes[2], fixed, moving, pairs, "coronal", "both", slab_mm=slab_mm)
     classes_legend(figure)
     return figure
 
@@ -175,13 +163,12 @@ def projections_figure(
 ) -> Figure:
     """Both images of a pair over each other in three planes, before registration and, in a second row, after it.
 
-    Args:
-        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving; None leaves the second row out.
-        slab_mm: see :func:`project`; both rows show the same slab.
+    The displacement is float (3, H, W, D), voxels, fixed to moving; without one, there is no second row. Both rows show
+    the same slab, see :func:`project`.
     """
     rows = {"before": pairs.moving[index]}
     if displacement is not None:
-        rows["after"] = warped(pairs, index, displacement)
+        rows["after"] = style.warped(pairs, index, displacement)
     figure, axes = planes_figure(pairs, list(PLANES), len(rows))
     for row, (when, moving) in enumerate(rows.items()):
         for ax, plane in zip(axes[row], PLANES, strict=True):
@@ -192,31 +179,24 @@ def projections_figure(
     return figure
 
 
-def displacement_figure(
-    pairs: PairSet, displacement: torch.Tensor, index: int = 0, plane: str = "coronal", position: int | None = None
-) -> Figure:
-    """A displacement in one slice: the vessels of the fixed image there, its grid taken to moving, and |u| in mm.
+def displacement_figure(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> Figure:
+    """A displacement in the middle slice: the vessels of the fixed image, its grid taken to moving, and |u| in mm.
 
-    The grid shows the displacement within the plane only; a dot marks where the map folds, in any direction.
-
-    Args:
-        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving.
-        position: index of the slice along the plane's depth; None takes the middle one.
+    The displacement is float (3, H, W, D), voxels, fixed to moving. The grid shows it within the plane only; a dot
+    marks where the map folds, in any direction.
     """
-    view = PLANES[plane]
-    position = pairs.spatial[view.depth] // 2 if position is None else position
-    low = max(0, position - 1)  # the neighbouring slices, for the derivatives
-    slab = displacement.detach().cpu().float().narrow(1 + view.depth, low, min(3, pairs.spatial[view.depth] - low))
-    folded = fields.jacobian_determinant(slab[None])[0].select(view.depth, position - low) <= 0
-    u = slab.select(1 + view.depth, position - low)  # (3, across, along)
+    middle = pairs.spatial[1] // 2
+    slab = displacement[:, :, middle - 1 : middle + 2].detach().cpu().float()  # the neighbours are for the derivatives
+    folded = fields.jacobian_determinant(slab[None])[0, :, 1] <= 0
+    u = slab[:, :, 1]  # (3, across, along)
     length = (u * torch.tensor(pairs.spacing).reshape(3, 1, 1)).norm(dim=0).numpy()
-    figure, [axes] = planes_figure(pairs, [plane] * 3)
-    show_slice(axes[0], classes(pairs.fixed[index], None), pairs, plane, position, "fixed")
-    _show(axes[1], np.ones((*length.shape, 3)), pairs, plane, "fixed grid, taken to moving")
-    deformed_grid(axes[1], u[[view.across, view.along]], folded)
-    image = _show(axes[2], length, pairs, plane, "how far it moves", cmap=LENGTHS, vmin=0)
+    figure, [axes] = planes_figure(pairs, ["coronal"] * 3)
+    show_slice(axes[0], classes(pairs.fixed[index], None), pairs, middle, "fixed")
+    _show(axes[1], np.ones((*length.shape, 3)), pairs, "coronal", "fixed grid, taken to moving")
+    style.deformed_grid(axes[1], u[[0, 2]], folded)
+    image = _show(axes[2], length, pairs, "coronal", "how far it moves", cmap=LENGTHS, vmin=0)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="|u| in mm")
-    figure.suptitle(slice_position(pairs, plane, position))
+    figure.suptitle(slice_position(pairs, middle))
     figure.set_size_inches(figure.get_size_inches() + (0.4, 0.3))
     return figure
 
@@ -226,14 +206,9 @@ def landmark_figure(
 ) -> Figure:
     """Arrows at the landmarks of a pair in the coronal and the sagittal plane, coloured by their 3D length in mm.
 
-    Args:
-        displacement: float (3, H, W, D) of that pair, voxels, fixed to moving. An arrow then runs from a landmark x of
-            the fixed image to x + u(x); without it, to the corresponding landmark of the moving image.
-        residual: with a displacement, draw the registration error, from x + u(x) to the corresponding landmark, in
-            the same colours as without a displacement.
-
-    Raises:
-        ValueError: if the pair has no landmarks.
+    Arrows run from each landmark x of the fixed image to that of the moving image; with a displacement, float (3, H, W,
+    D), voxels, fixed to moving, to x + u(x), or, for the ``residual``, from x + u(x) to that of the moving image. All
+    three have the same colours. ValueError if the pair has no landmarks.
     """
     if pairs.landmarks is None or not len(pairs.landmarks[index]):
         raise ValueError(f"{pairs.names[index]} has no landmarks to draw")
@@ -249,7 +224,7 @@ def landmark_figure(
     length = ((ends - starts) * mm).norm(dim=1)
     order = length.argsort()  # the longest arrows on top
     starts, arrows, length = starts[order], (ends - starts)[order], length[order]
-    style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.006, "edgecolor": LINES, "lw": 0.3}
+    arrow = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.006, "edgecolor": LINES, "lw": 0.3}
     planes = ["coronal", "sagittal"]
     figure, [axes] = planes_figure(pairs, planes)
     for ax, plane in zip(axes, planes, strict=True):
@@ -257,19 +232,8 @@ def landmark_figure(
         _show(ax, 1 - 0.13 * strength[..., None].repeat(3, 2), pairs, plane, plane)
         view = PLANES[plane]
         xy, uv = (vectors[:, [view.across, view.along]].T.numpy() for vectors in (starts, arrows))
-        drawn = ax.quiver(*xy, *uv, length.numpy(), cmap=LENGTHS, norm=scale, zorder=2, **style)
+        drawn = ax.quiver(*xy, *uv, length.numpy(), cmap=LENGTHS, norm=scale, zorder=2, **arrow)
     figure.colorbar(drawn, ax=list(axes), shrink=0.8, label="length in mm")
     figure.suptitle(title)
     figure.set_size_inches(figure.get_size_inches() + (0.8, 0.3))
     return figure
-
-
-def slices_with_vessels(pairs: PairSet, index: int, plane: str, number: int) -> list[int]:
-    """At most ``number`` positions, evenly spread from the first slice of a pair that shows vessels to the last.
-
-    A slice with less than a twentieth of what the fullest one has does not count: the first image would look empty.
-    """
-    vessels = (pairs.labels[index] > 0).any(0).movedim(PLANES[plane].depth, 0)
-    filled = vessels.flatten(1).sum(1).numpy()
-    low, high = np.flatnonzero(filled >= 0.05 * filled.max())[[0, -1]]
-    return np.linspace(low, high, min(number, high - low + 1)).round().astype(int).tolist()
