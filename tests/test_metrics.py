@@ -104,9 +104,8 @@ def test_hausdorff95_against_distance_transforms(dims: int) -> None:
 
 
 def test_images_of_different_shapes_are_refused() -> None:
-    for measure in (metrics.dice, lambda *images: metrics.hausdorff95(*images, (1.0, 1.0))):
-        with pytest.raises(ValueError, match="cannot be compared"):
-            measure(line([0, 1], 2), line([0, 1, 1], 2), 2)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        metrics.dice(line([0, 1], 2), line([0, 1, 1], 2), 2)
 
 
 @DIMS
@@ -136,8 +135,6 @@ def test_landmark_errors_are_described() -> None:
     assert (found["p25"], found["p75"], found["p95"]) == pytest.approx((2.5, 7.5, 9.5))
     assert found["worst30"] == pytest.approx(9), "the mean of the three largest"
     assert metrics.describe_errors(torch.tensor([2.0]))["worst30"] == 2
-    with pytest.raises(ValueError, match="no landmarks"):
-        metrics.describe_errors(torch.empty(0))
 
 
 @DIMS
@@ -418,10 +415,3 @@ def test_memorisation_audit_of_single_images() -> None:
     sets = [labels.flatten(0, 1)[:, None] for labels in (mixed, training, held_out)]
     audit = metrics.memorisation_audit(*sets)
     assert audit.memorised and audit.distances.max() == 0.0
-
-
-def test_memorisation_audit_refuses_other_grids_and_empty_sets() -> None:
-    with pytest.raises(ValueError, match="one grid"):
-        metrics.memorisation_audit(blobs(2, 2, 0), blobs(2, 2, 1)[..., :4], blobs(2, 2, 2))
-    with pytest.raises(ValueError, match="not empty"):
-        metrics.memorisation_audit(blobs(2, 2, 0)[:0], blobs(2, 2, 1), blobs(2, 2, 2))

@@ -7,17 +7,11 @@ from torch import Tensor
 
 
 class CodebookUse(NamedTuple):
-    """How many of K codes occur.
+    """How many of K codes occur."""
 
-    Attributes:
-        used: share of the codes that occur at least once, 0 to 1.
-        perplexity: exp(entropy) of the code frequencies, 1 to K; K equally frequent codes have perplexity K.
-        counts: int64 (K,), how often each code occurs.
-    """
-
-    used: float
-    perplexity: float
-    counts: Tensor
+    used: float  # share of the codes that occur at least once, 0 to 1
+    perplexity: float  # exp(entropy) of the code frequencies, 1 to K; K equally frequent codes have perplexity K
+    counts: Tensor  # int64 (K,), how often each code occurs
 
 
 def codebook_use(tokens: Tensor, codes: int) -> CodebookUse:
@@ -29,7 +23,7 @@ def codebook_use(tokens: Tensor, codes: int) -> CodebookUse:
 
 
 def codebook_statistics(tokens: Tensor, codes: int) -> dict[str, Tensor]:
-    """``codes used`` (share, 0 to 1) and ``perplexity`` as scalar tensors, defined as in :class:`CodebookUse`.
+    """``codes used`` and ``perplexity`` as scalar tensors, as in :class:`CodebookUse`.
 
     For the training loop: the host does not wait for the GPU, and so cannot check the tokens.
     """

@@ -38,23 +38,14 @@ def _agreement(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MemorisationAudit(NamedTuple):
-    """Are synthetic pairs copies of training pairs? Distances as in :func:`pair_distances`.
+    """Are synthetic pairs copies of training pairs? Distances as in :func:`pair_distances`."""
 
-    Attributes:
-        distances: float (S,), from each sample to its nearest training pair.
-        nearest: int64 (S,), index of that training pair.
-        held_out_distances: float (H,), from each held-out real pair, which cannot be a copy, to its nearest one.
-        threshold: the 5th percentile of ``held_out_distances``.
-        closer: share (0 to 1) of the samples nearer than the threshold; about 0.05 if they were real pairs.
-        memorised: the verdict: ``closer`` exceeds 0.05 by more than three (binomial) standard errors.
-    """
-
-    distances: Tensor
-    nearest: Tensor
-    held_out_distances: Tensor
-    threshold: float
-    closer: float
-    memorised: bool
+    distances: Tensor  # float (S,), from each sample to its nearest training pair
+    nearest: Tensor  # int64 (S,), index of that training pair
+    held_out_distances: Tensor  # float (H,), from each held-out real pair, which cannot be a copy, to its nearest one
+    threshold: float  # the 5th percentile of ``held_out_distances``
+    closer: float  # share (0 to 1) of the samples nearer than the threshold; about 0.05 if they were real pairs
+    memorised: bool  # the verdict: ``closer`` exceeds 0.05 by more than three (binomial) standard errors
 
 
 def memorisation_audit(samples: Tensor, training: Tensor, held_out: Tensor) -> MemorisationAudit:
@@ -64,13 +55,8 @@ def memorisation_audit(samples: Tensor, training: Tensor, held_out: Tensor) -> M
     data than new real data does. *Reconstructed* training and held-out pairs exclude the smoothing by the VQ
     autoencoder from the comparison. Single images find copied images in new combinations.
 
-    ``samples`` are synthetic, the generator was trained on ``training``, and ``held_out`` shows other subjects: label
-    maps uint8 (S, I, *spatial), (T, I, *spatial), (H, I, *spatial). ValueError if a set is empty or the grids differ.
+    Label maps uint8 (S, I, *spatial), (T, I, *spatial), (H, I, *spatial), on one grid, one or more of each.
     """
-    sets = (samples, training, held_out)
-    if not all(len(labels) for labels in sets) or len({labels.shape[1:] for labels in sets}) > 1:
-        shapes = ", ".join(str(tuple(labels.shape)) for labels in sets)
-        raise ValueError(f"samples, training and held-out pairs must be on one grid and not empty; got {shapes}")
     distances, nearest = pair_distances(samples, training).min(dim=1)
     held_out_distances = pair_distances(held_out, training).min(dim=1).values
     threshold = held_out_distances.quantile(CLOSE).item()

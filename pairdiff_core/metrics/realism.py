@@ -17,8 +17,7 @@ QUANTILES = (np.arange(10_000) + 0.5) / 10_000  # of displacement lengths, for t
 def structure_areas(labels: Tensor, num_labels: int) -> Tensor:
     """Share of the voxels that each structure takes in each image (area in 2D, volume in 3D).
 
-    Label maps uint8 (N, I, *spatial) give double (N * I, C - 1), 0 to 1, image by image of pair by pair. Shares, not
-    voxels, so that grids of different resolution can be compared.
+    Label maps uint8 (N, I, *spatial) give double (N * I, C - 1), 0 to 1, image by image of pair by pair.
     """
     images = labels.flatten(0, 1).flatten(1)  # (N, I, *s) -> (N * I, voxels)
     counts = torch.stack([torch.bincount(image, minlength=num_labels) for image in images])  # (N * I, C)
@@ -33,14 +32,13 @@ def compare_areas(real: Tensor, synthetic: Tensor, label_names: Sequence[str]) -
     ``wasserstein``, the Wasserstein-1 distance between the sizes. Sizes are shares (0 to 1) of the image, and
     ``present`` is the share of the images that show the structure.
     """
-    sets = {"real": real, "synthetic": synthetic}
-    areas = {kind: structure_areas(labels, len(label_names)).T.cpu().numpy() for kind, labels in sets.items()}
+    areas = [structure_areas(labels, len(label_names)).T.cpu().numpy() for labels in (real, synthetic)]
     rows = []
-    for name, *sizes in zip(label_names[1:], *areas.values(), strict=True):
+    for name, *sizes in zip(label_names[1:], *areas, strict=True):
         row: dict[str, str | float] = {"structure": name}
-        for kind, size in zip(areas, sizes, strict=True):
-            row |= {f"{kind}_mean": float(size.mean()), f"{kind}_sd": float(size.std())}
-            row[f"{kind}_present"] = float((size > 0).mean())
+        for kind, size in zip(("real", "synthetic"), sizes, strict=True):
+            measured = {"mean": size.mean(), "sd": size.std(), "present": (size > 0).mean()}
+            row |= {f"{kind}_{what}": float(value) for what, value in measured.items()}
         rows.append(row | {"wasserstein": float(wasserstein_distance(*sizes))})
     return rows
 
@@ -102,10 +100,9 @@ def _describe_lengths(lengths: np.ndarray) -> dict[str, float]:
 def compare_displacements(real: Tensor, synthetic: Tensor) -> dict[str, dict[str, float]]:
     """Lengths of the displacements within real and within synthetic pairs, side by side.
 
-    Displacements, float (N, D, *spatial) in voxels of one size, both from the same registration method (another method
-    finds longer or shorter ones for the same pair), give ``{"real": ..., "synthetic": ...}`` as in
-    :func:`displacement_statistics`, and ``{"difference": {"wasserstein": ...}}``, the Wasserstein-1 distance between
-    the two distributions of |u|. All in voxels.
+    Displacements, float (N, D, *spatial) in voxels of one size, both from one registration method (another finds longer
+    or shorter ones), give ``{"real": ..., "synthetic": ...}`` as in :func:`displacement_statistics`, and
+    ``{"difference": {"wasserstein": ...}}``, the Wasserstein-1 distance between the distributions of |u|, in voxels.
     """
     lengths = {"real": _lengths(real), "synthetic": _lengths(synthetic)}
     # of all values of 48 volumes scipy would take minutes; 10,000 quantiles of each set agree to four digits
@@ -119,8 +116,7 @@ def pair_features(labels: Tensor, num_labels: int, cells: Sequence[int]) -> Tens
 
     Label maps uint8 (N, I, *spatial) and the number of cells along each axis, such as (8, 10), give float (N, I * (C -
     1) * number of all cells), each 0 to 1: image by image, and within each, structure by structure, without the
-    background. Voxel i of n along an axis is in cell floor(i * cells / n). The features describe where structures are
-    and how large, not the shape of an outline within a cell.
+    background. Voxel i of n along an axis is in cell floor(i * cells / n).
     """
     cell = torch.zeros((), dtype=torch.int64, device=labels.device)
     for size, count in zip(labels.shape[2:], cells, strict=True):
@@ -151,8 +147,7 @@ def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, neighbour
         ``coverage``, the share of the real samples that have a synthetic one in their neighbourhood.
     """
     if min(len(real), len(synthetic)) <= neighbours:
-        found = f"{len(real)} real and {len(synthetic)} synthetic ones"
-        raise ValueError(f"each set needs more than {neighbours} samples, there are {found}")
+        raise ValueError(f"more than {neighbours} samples are needed, got {len(real)} real, {len(synthetic)} synthetic")
     # the faster matrix product of cdist does not give 0 for equal rows
     distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
     # the very nearest of the same set is the sample itself

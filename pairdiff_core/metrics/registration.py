@@ -11,17 +11,16 @@ from torch import Tensor
 
 from pairdiff_core import fields
 
-SMALLEST_DETERMINANT = 1e-9  # a folded voxel has no logarithm; it counts as a shrinkage to this volume
-
 
 def dice(a: Tensor, b: Tensor, num_labels: int) -> Tensor:
     """Dice overlap of each structure, 2 |A and B| / (|A| + |B|) (Dice, Ecology 1945).
 
-    Label maps, integer (N, *spatial) with values 0 to C - 1, C being ``num_labels``, give float (N, C - 1), 0 (no
-    overlap) to 1 (identical), without the background. NaN where a structure is absent from both images; a structure
-    that is absent from only one of them scores 0. ValueError if the shapes differ.
+    Label maps, integer (N, *spatial) with values 0 to C - 1, C being ``num_labels``, give float (N, C - 1), 0 to 1,
+    without the background. NaN where a structure is absent from both images; one that is absent from only one of them
+    scores 0, unlike in MONAI. ValueError if the shapes differ.
     """
-    _check_shapes(a, b)
+    if a.shape != b.shape:
+        raise ValueError(f"label maps of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
     scores = []
     for one, other in zip(a, b, strict=True):  # image by image, and never one-hot: this bounds the memory
         voxels = (one.flatten(), other.flatten(), one[one == other])
@@ -47,9 +46,8 @@ def hausdorff95(a: Tensor, b: Tensor, num_labels: int, spacing: Sequence[float])
     The surface voxels of ``a`` have distances to the surface of ``b``, and the other way round: the larger of the two
     95th percentiles counts. A structure that touches the edge of the image has a surface there. Label maps as for
     :func:`dice`, of ``spacing`` mm per voxel along each axis, give float (N, C - 1) in mm, on the CPU. NaN where a
-    structure is absent from either image. ValueError if the shapes differ.
+    structure is absent from either image.
     """
-    _check_shapes(a, b)
     distances = torch.full((len(a), num_labels - 1), torch.nan)
     for n, c in product(range(len(a)), range(1, num_labels)):
         masks = [(labels[n] == c).cpu()[None, None] for labels in (a, b)]
@@ -59,11 +57,6 @@ def hausdorff95(a: Tensor, b: Tensor, num_labels: int, spacing: Sequence[float])
                     *masks, include_background=True, percentile=95, spacing=tuple(spacing)
                 ).item()
     return distances
-
-
-def _check_shapes(a: Tensor, b: Tensor) -> None:
-    if a.shape != b.shape:
-        raise ValueError(f"label maps of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
 
 
 def target_registration_error(displacement: Tensor, landmarks: Tensor, spacing: Sequence[float]) -> Tensor:
@@ -78,13 +71,11 @@ def target_registration_error(displacement: Tensor, landmarks: Tensor, spacing: 
 
 
 def describe_errors(errors: Tensor) -> dict[str, float]:
-    """Summary of landmark errors (K,) in mm. ValueError if there are none.
+    """Summary of one or more landmark errors (K,) in mm.
 
     ``mean``; ``p25``, ``p50``, ``p75``, ``p95``, percentiles by linear interpolation; ``worst30``, the mean of the
     worst 30 % of the landmarks (at least one); ``landmarks``, K.
     """
-    if not len(errors):
-        raise ValueError("there are no landmarks, so there is no error to describe")
     errors = errors.double().sort(descending=True).values
     percentiles = {f"p{p}": errors.quantile(p / 100).item() for p in (25, 50, 75, 95)}
     worst = errors[: max(1, round(0.3 * len(errors)))].mean().item()
@@ -94,9 +85,8 @@ def describe_errors(errors: Tensor) -> dict[str, float]:
 def folding_percent(displacement: Tensor) -> Tensor:
     """Share of voxels where a map folds, that is, where its Jacobian determinant is not positive.
 
-    Displacements float (N, D, *spatial) in voxels give float (N,), percent (0 to 100) of all voxels, the border
-    included. The determinant comes from central differences (:func:`pairdiff_core.fields.jacobian_determinant`), which
-    can overlook a fold between two neighbouring voxels (Liu et al., IJCV 2024).
+    Displacements float (N, D, *spatial) in voxels give float (N,), percent (0 to 100) of all voxels. The central
+    differences of the determinant can overlook a fold between two neighbouring voxels (Liu et al., IJCV 2024).
     """
     return 100 * (fields.jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
 
@@ -107,14 +97,13 @@ def log_jacobian_sd(displacement: Tensor) -> Tensor:
     Displacements float (N, D, *spatial) in voxels give float (N,), natural logarithm; 0 for a translation. Determinants
     below 1e-9, such as those of folds, are set to 1e-9. Other tools clamp elsewhere: compare numbers of one tool only.
     """
-    determinant = fields.jacobian_determinant(displacement).clamp_min(SMALLEST_DETERMINANT)
-    return determinant.log().flatten(1).std(dim=1, correction=0)
+    return fields.jacobian_determinant(displacement).clamp_min(1e-9).log().flatten(1).std(dim=1, correction=0)
 
 
 def inverse_consistency_error(displacement: Tensor, inverse: Tensor) -> Tensor:
     """Mean distance between start and end of a round trip: |u(x) + v(x + u(x))|, averaged over the voxels.
 
     Displacements u (fixed to moving) and v (moving to fixed), float (N, D, *spatial) in voxels, give float (N,) in
-    voxels. All voxels count; where x + u(x) lies outside the image, v is read at the border.
+    voxels. Where x + u(x) lies outside the image, v is read at the border.
     """
     return fields.compose(displacement, inverse).norm(dim=1).flatten(1).mean(1)
