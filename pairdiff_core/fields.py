@@ -4,7 +4,8 @@ One convention, used everywhere. A displacement ``u`` is a float tensor (N, D, *
 runs along array axis d. The point x of the fixed image corresponds to x + u(x) in the moving image, so
 ``warp(moving, u)`` looks like fixed. Voxel centres lie on integer coordinates and the field of view ends half a
 voxel outside the outermost centres (``align_corners=False``): index i of a grid that is f times coarser lies at
-f * i + (f - 1) / 2 on the fine one. 2D and 3D take the same path; D is read off the tensor.
+f * i + (f - 1) / 2 on the fine one. 2D and 3D take the same path; D is read off the tensor. MONAI's ``Warp`` takes
+these displacements as they are.
 """
 
 from __future__ import annotations
@@ -42,33 +43,26 @@ def warp(
     """Pull ``image`` back through a displacement: the result at x is image(x + u(x)).
 
     Args:
-        image: float (N, C, *spatial).
+        image: float (N, C, *spatial), as is the result.
         displacement: float (N, D, *spatial), voxels.
         mode: "bilinear" (linear in 3D too) or "nearest".
         padding: what lies outside, "border" (the nearest voxel) or "zeros".
-
-    Returns:
-        float (N, C, *spatial).
     """
-    if image.shape[2:] != displacement.shape[2:]:
-        raise ValueError(
-            f"image grid {tuple(image.shape[2:])} and displacement grid {tuple(displacement.shape[2:])} differ"
-        )
-    size = _voxels(image.shape[2:], displacement)
-    centres = (2 * identity_grid(image.shape[2:], displacement.device) + 1) / size - 1
+    spatial = tuple(image.shape[2:])
+    if spatial != displacement.shape[2:]:
+        raise ValueError(f"image grid {spatial} and displacement grid {tuple(displacement.shape[2:])} differ")
+    size = _voxels(spatial, displacement)
+    centres = (2 * identity_grid(spatial, displacement.device) + 1) / size - 1
     return _sample(image, centres + displacement * (2 / size), mode, padding)  # all else is constant
 
 
 def warp_at(image: torch.Tensor, displacement: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """Some voxels of ``warp(image, displacement)``, at the cost of these alone.
+    """Some voxels of ``warp(image, displacement)``, float (N, C, K), at the cost of these alone.
 
     Args:
         image: float (N, C, *spatial).
         displacement: float (N, D, *coarser), on any grid over the same field of view, in voxels of that grid.
         voxels: int64 (K, D), indices of voxels.
-
-    Returns:
-        float (N, C, K).
     """
     number, dims = displacement.shape[:2]
     shape = (dims, len(voxels), *[1] * (dims - 1))
@@ -85,18 +79,14 @@ def warp_labels(labels: torch.Tensor, displacement: torch.Tensor) -> torch.Tenso
 def sample_at(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Linear interpolation of ``field`` (C, *spatial) at voxel coordinates ``points`` (K, D), as (K, C)."""
     dims = points.shape[1]
-    coordinates = points.T.reshape(1, dims, -1, *[1] * (dims - 1))  # (K, D) -> (1, D, K, 1, ...)
-    coordinates = coordinates.to(field.dtype)
+    coordinates = points.to(field.dtype).T.reshape(1, dims, -1, *[1] * (dims - 1))  # (K, D) -> (1, D, K, 1, ...)
     places = (2 * coordinates + 1) / _voxels(field.shape[1:], coordinates) - 1
     values = _sample(field[None], places, "bilinear", "border")
     return values.reshape(field.shape[0], -1).T  # (1, C, K, 1, ...) -> (K, C)
 
 
 def compose(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Displacement of "go along ``first``, then along ``second``": first(x) + second(x + first(x)).
-
-    As maps this is (id + second) o (id + first); both are (N, D, *spatial) in voxels.
-    """
+    """Go along ``first``, then along ``second``: first(x) + second(x + first(x)), all (N, D, *spatial) in voxels."""
     return first + warp(second, first)
 
 
@@ -113,16 +103,15 @@ def exponentiate(velocity: torch.Tensor, squarings: int = 7) -> torch.Tensor:
     return displacement
 
 
-def smooth(field: torch.Tensor, kernel: int = 3, times: int = 2) -> torch.Tensor:
-    """Box smoothing of (N, C, *spatial), ``times`` over with an odd ``kernel``.
+def smooth(field: torch.Tensor, times: int = 2) -> torch.Tensor:
+    """Smoothing of (N, C, *spatial) by a box of 3 voxels a side, ``times`` over.
 
-    The border is replicated, not padded with zeros: zeros would pull a displacement to nothing at the edge of
-    the field of view, where lungs move most.
+    The border is replicated, as zeros would pull a displacement to nothing at the edge, where lungs move most.
     """
     dims = field.dim() - 2
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[dims]
     for _ in range(times):
-        field = pool(F.pad(field, [kernel // 2] * 2 * dims, mode="replicate"), kernel, stride=1)
+        field = pool(F.pad(field, [1] * 2 * dims, mode="replicate"), kernel_size=3, stride=1)
     return field
 
 
@@ -170,28 +159,16 @@ def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
     return torch.linalg.det(jacobian)  # (N, *s, D, D) -> (N, *s)
 
 
-def to_monai(displacement: torch.Tensor) -> torch.Tensor:
-    """The field that ``monai.networks.blocks.Warp`` wants: voxels, channel d along array axis d, as it is here.
-
-    MONAI samples with ``align_corners=True``, which for displacements in voxels reads the same places.
-    """
-    return displacement
-
-
 def to_learn2reg(displacement: torch.Tensor) -> np.ndarray:
     """One field (D, *spatial) in Learn2Reg's form: float32 (*spatial, D), voxels, fixed to moving."""
     return displacement.movedim(0, -1).cpu().numpy().astype(np.float32)
 
 
 def to_itk(displacement: torch.Tensor, affine: np.ndarray) -> np.ndarray:
-    """One field (D, *spatial) in ITK's form: (*spatial, D) vectors in millimetres along the LPS axes.
+    """One field (D, *spatial), in voxels, in ITK's form: float64 (*spatial, D), millimetres along the LPS axes.
 
-    Args:
-        displacement: voxels, fixed to moving.
-        affine: (D + 1, D + 1) voxel-to-world matrix of the common grid in RAS, as nibabel gives it.
-
-    Returns:
-        float64 (*spatial, D). NIfTI counts right and anterior positive, ITK left and posterior.
+    ``affine`` is the (D + 1, D + 1) voxel-to-world matrix of the grid in RAS, as nibabel gives it: NIfTI counts right
+    and anterior positive, ITK left and posterior.
     """
     dims = displacement.shape[0]
     ras = displacement.movedim(0, -1).cpu().numpy().astype(np.float64) @ np.asarray(affine)[:dims, :dims].T

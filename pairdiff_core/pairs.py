@@ -45,32 +45,25 @@ class PairSet:
     label_colours: tuple[tuple[int, int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        shape = tuple(self.labels.shape)
-        if self.labels.dtype != torch.uint8 or len(shape) not in (4, 5) or shape[1] != 2:
-            raise DataError(
-                f"labels must be uint8 of shape (N, 2, *spatial) with 2 or 3 spatial axes, "
-                f"got {self.labels.dtype} of shape {shape}"
-            )
-        if self.labels.numel() and int(self.labels.max()) >= self.num_labels:
-            raise DataError(
-                f"label {int(self.labels.max())} occurs, but there are names for 0 to {self.num_labels - 1} only"
-            )
-        if len(self.spacing) != self.spatial_dims:
-            raise DataError(f"spacing has {len(self.spacing)} numbers for {self.spatial_dims} spatial axes")
+        labels, dims = self.labels, self.spatial_dims
+        if labels.dtype != torch.uint8 or dims not in (2, 3) or labels.shape[1] != 2:
+            expected = "uint8 of shape (N, 2, *spatial) with 2 or 3 spatial axes"
+            raise DataError(f"labels must be {expected}, got {labels.dtype} of shape {tuple(labels.shape)}")
+        highest = int(labels.max()) if labels.numel() else 0
+        if highest >= self.num_labels:
+            raise DataError(f"label {highest} occurs, but there are names for 0 to {self.num_labels - 1} only")
+        if len(self.spacing) != dims:
+            raise DataError(f"spacing has {len(self.spacing)} numbers for {dims} spatial axes")
         if len(self.names) != len(self):
             raise DataError(f"{len(self.names)} names for {len(self)} pairs")
-        if self.displacement is not None:
-            expected = (len(self), self.spatial_dims, *self.spatial)
-            if tuple(self.displacement.shape) != expected:
-                raise DataError(f"displacement must have shape {expected}, got {tuple(self.displacement.shape)}")
-        if self.landmarks is not None:
-            if len(self.landmarks) != len(self):
-                raise DataError(f"{len(self.landmarks)} sets of landmarks for {len(self)} pairs")
-            for name, points in zip(self.names, self.landmarks, strict=True):
-                if points.dim() != 3 or tuple(points.shape[1:]) != (2, self.spatial_dims):
-                    raise DataError(
-                        f"landmarks of {name} must be (K, 2, {self.spatial_dims}), got {tuple(points.shape)}"
-                    )
+        expected = (len(self), dims, *self.spatial)
+        if self.displacement is not None and tuple(self.displacement.shape) != expected:
+            raise DataError(f"displacement must have shape {expected}, got {tuple(self.displacement.shape)}")
+        if self.landmarks is not None and len(self.landmarks) != len(self):
+            raise DataError(f"{len(self.landmarks)} sets of landmarks for {len(self)} pairs")
+        for name, points in zip(self.names, self.landmarks or (), strict=False):
+            if points.dim() != 3 or tuple(points.shape[1:]) != (2, dims):
+                raise DataError(f"landmarks of {name} must be (K, 2, {dims}), got {tuple(points.shape)}")
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -107,7 +100,7 @@ class PairSet:
             labels=self.labels[chosen],
             names=tuple(self.names[i] for i in chosen),
             displacement=None if self.displacement is None else self.displacement[chosen],
-            landmarks=None if self.landmarks is None else tuple(self.landmarks[i] for i in chosen),
+            landmarks=self.landmarks and tuple(self.landmarks[i] for i in chosen),
         )
 
     def one_hot(self) -> torch.Tensor:
@@ -122,7 +115,7 @@ class PairSet:
             labels=self.labels.flip(1),
             names=tuple("~".join(reversed(name.split("~"))) for name in self.names),
             displacement=None,
-            landmarks=None if self.landmarks is None else tuple(points.flip(1) for points in self.landmarks),
+            landmarks=self.landmarks and tuple(points.flip(1) for points in self.landmarks),
         )
 
     def resized(self, spatial: Sequence[int]) -> PairSet:
@@ -135,27 +128,17 @@ class PairSet:
         if spatial == self.spatial:
             return self
         flat = resize_labels(self.labels.flatten(0, 1), spatial, self.num_labels)  # (N, 2, *s) -> (2N, *new)
-        return replace(
-            self,
-            labels=flat.unflatten(0, (len(self), 2)),  # (2N, *new) -> (N, 2, *new)
-            spacing=tuple(mm * old / new for mm, old, new in zip(self.spacing, self.spatial, spatial, strict=True)),
-            displacement=None if self.displacement is None else fields.resize_field(self.displacement, spatial),
-            landmarks=None
-            if self.landmarks is None
-            else tuple(fields.resize_points(points, self.spatial, spatial) for points in self.landmarks),
-        )
+        displacement = None if self.displacement is None else fields.resize_field(self.displacement, spatial)
+        return self._on_grid(flat.unflatten(0, (len(self), 2)), displacement)  # (2N, *new) -> (N, 2, *new)
 
     def pooled(self, factor: int) -> PairSet:
         """The same pairs on a grid ``factor`` times coarser along every axis, over the same field of view.
 
-        Labels go by maximum over each block of ``factor`` voxels a side, so that thin vessels survive (and grow: a
-        block counts as vessel if any voxel of it does; of several labels the highest wins). :meth:`resized` is the
-        majority vote, which would lose them. Displacement is averaged and given in the new voxels, landmarks are
-        moved with their half-voxel. The *share* of each block that a vessel fills, a soft map, is
-        ``registration.pool`` of the one-hot maps at full size, not of these labels.
-
-        Raises:
-            DataError: if ``factor`` does not divide the grid.
+        Labels go by maximum over each block of ``factor`` voxels a side, so that thin vessels survive (and grow; of
+        several labels the highest wins), where the majority vote of :meth:`resized` would lose them. Displacement is
+        averaged and given in the new voxels, landmarks are moved with their half-voxel. The *share* of each block that
+        a vessel fills is ``registration.pool`` of the one-hot maps at full size, not of these labels. DataError if
+        ``factor`` does not divide the grid.
         """
         if factor < 1 or any(size % factor for size in self.spatial):
             raise DataError(f"a grid of {self.spatial} voxels cannot be pooled by {factor}: it must divide each axis")
@@ -167,15 +150,17 @@ class PairSet:
         if displacement is not None:
             average = {2: F.avg_pool2d, 3: F.avg_pool3d}[self.spatial_dims]
             displacement = average(displacement, factor) / factor
-        spatial = tuple(labels.shape[2:])
+        return self._on_grid(labels, displacement)
+
+    def _on_grid(self, labels: torch.Tensor, displacement: torch.Tensor | None) -> PairSet:
+        """These pairs, given their labels and displacement on another grid over the same field of view."""
+        old, new = self.spatial, tuple(labels.shape[2:])
         return replace(
             self,
             labels=labels,
-            spacing=tuple(mm * factor for mm in self.spacing),
+            spacing=tuple(mm * before / after for mm, before, after in zip(self.spacing, old, new, strict=True)),
             displacement=displacement,
-            landmarks=None
-            if self.landmarks is None
-            else tuple(fields.resize_points(points, self.spatial, spatial) for points in self.landmarks),
+            landmarks=self.landmarks and tuple(fields.resize_points(points, old, new) for points in self.landmarks),
         )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from pairdiff_core import fields
@@ -79,14 +78,6 @@ class Deformation:
     def jacobian_determinant(self) -> torch.Tensor:
         """At every voxel, (N, *spatial); see :func:`pairdiff_core.fields.jacobian_determinant`."""
         return fields.jacobian_determinant(self.displacement)
-
-    def to_itk(self, affine: np.ndarray) -> np.ndarray:
-        """The first displacement as :func:`pairdiff_core.fields.to_itk` gives it."""
-        return fields.to_itk(self.displacement[0], affine)
-
-    def to_learn2reg(self) -> np.ndarray:
-        """The first displacement as :func:`pairdiff_core.fields.to_learn2reg` gives it."""
-        return fields.to_learn2reg(self.displacement[0])
 
 
 def concatenated(deformations: Sequence[Deformation]) -> Deformation:
