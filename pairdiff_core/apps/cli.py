@@ -12,19 +12,10 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from pairdiff_core.apps.evaluate import evaluate
+from pairdiff_core.apps.register import register
+from pairdiff_core.apps.run import run
 from pairdiff_core.errors import PairDiffError
-from pairdiff_core.profiles import DATASETS, PROFILES, SPLITS, STAGES
-
-DatasetName = Literal[tuple(DATASETS)]
-Method = Literal["before", "baseline", "network", "network+instance"]
-ProfileName = Literal[tuple(PROFILES[2])]
-
-DataFolder = Annotated[Path | None, typer.Option(help="Folder of the real data; default: the environment variables.")]
-Levels = Annotated[int | None, typer.Option(min=1, help="Only the first levels of the optimisation: faster, coarser.")]
-NetworkName = Annotated[str | None, typer.Option(help="Which network of the run; default: synthetic.")]
-RunOrModel = Annotated[str | None, typer.Option(help="Run folder, or pretrained model such as oasis2d-laptop.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Of everything random.")]
-Steps = Annotated[int | None, typer.Option(min=0, help="At each level of the optimisation; 0 for none.")]
 
 LESS_MEMORY = (
     "memory ran out. Choose a smaller profile (--profile quick), coarser or cropped volumes, or no network; to train "
@@ -86,82 +77,8 @@ def fetch(
     typer.echo(f"{dataset} is in {folder}; to use it: export PAIRDIFF_DATA={to.absolute()}")
 
 
-@app.command()
-def run(
-    stage: Annotated[
-        Literal[(*STAGES, "all")], typer.Argument(help="The last one, after those before it; all: all, and measure.")
-    ],
-    dataset: Annotated[DatasetName, typer.Option(help="What to learn from.")],
-    # torchrun takes --run for one of its own options
-    run: Annotated[Path | None, typer.Option("--run", "--run-folder", help="Default: that of the notebooks.")] = None,
-    profile: Annotated[ProfileName | None, typer.Option(help="Default: PAIRDIFF_PROFILE, else quick.")] = None,
-    data: DataFolder = None,
-    seed: Seed = 0,
-    pairs: Annotated[int | None, typer.Option(min=1, help="Synthetic pairs; default: the profile's.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(min=0, help="Save the progress and end after this time.")] = None,
-    save_minutes: Annotated[float, typer.Option(min=0, help="Save the progress this often.")] = 5.0,
-    device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Default: PAIRDIFF_DEVICE, else a GPU or cpu.")
-    ] = None,
-) -> None:
-    """Run the stages of the method up to one of them. Repeated, the command goes on where it stopped.
-
-    Progress is saved after --max-minutes, at Ctrl-C or SIGTERM, and every few minutes against all else. Started by
-    torchrun, several processes share the work.
-
-    \b
-    Example:
-      pairdiff run all --dataset phantom2d --profile quick --run runs/mine
-      torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run-folder runs/two
-    """
-    from pairdiff_core.apps.run import run_stages
-
-    run_stages(stage, dataset, run, profile, data, seed, pairs, max_minutes, save_minutes, device)
-
-
-@app.command()
-def register(
-    fixed: Annotated[Path, typer.Argument(help="Label or binary volume (NIfTI); one slice is 2D.")],
-    moving: Annotated[Path, typer.Argument(help="The volume to bring onto it, on the same grid.")],
-    out: Annotated[Path, typer.Option(help="Displacement field to write, .nii.gz or .nii.")],
-    run: RunOrModel = None,
-    network: NetworkName = None,
-    steps: Steps = None,
-    levels: Levels = None,
-    form: Annotated[Literal["itk", "l2r"], typer.Option("--format", help="itk: mm, LPS; l2r: voxels.")] = "itk",
-    warped: Annotated[Path | None, typer.Option(help="Warped moving labels to write, too.")] = None,
-) -> None:
-    """Register two label volumes of any size and write the displacement field, fixed to moving.
-
-    Example: pairdiff register fixed.nii.gz moving.nii.gz --out field.nii.gz
-    """
-    from pairdiff_core.apps.register import register_files
-
-    typer.echo(register_files(fixed, moving, out, run, network, steps, levels, form, warped))
-
-
-@app.command()
-def evaluate(
-    dataset: Annotated[DatasetName, typer.Option(help="Whose pairs.")],
-    split: Annotated[Literal[SPLITS[1:]], typer.Option(help="test: official cases of lung250m.")] = "validation",
-    cases: Annotated[str | None, typer.Option(help="Only these cases of lung250m, such as 008,054.")] = None,
-    data: DataFolder = None,
-    run: RunOrModel = None,
-    method: Annotated[Method | None, typer.Option(help="Default: network+instance with --run, else baseline.")] = None,
-    network: NetworkName = None,
-    levels: Levels = None,
-    steps: Steps = None,
-    profile: Annotated[ProfileName | None, typer.Option(help="Default: the run's, PAIRDIFF_PROFILE or laptop.")] = None,
-    seed: Seed = None,
-    json: Annotated[Path | None, typer.Option(help="File to write cases and summary to.")] = None,
-) -> None:
-    """Measure a registration method on held-out pairs of a data set: landmark error, Dice, regularity, time.
-
-    Example: pairdiff evaluate --dataset phantom3d --profile quick
-    """
-    from pairdiff_core.apps.evaluate import evaluate_split
-
-    evaluate_split(dataset, split, cases, data, run, method, network, levels, steps, profile, seed, json)
+for command in (run, register, evaluate):  # each in a file of its own
+    app.command()(command)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Pairs of label volumes from NIfTI files, and displacement fields and warped labels back into files.
+"""Pairs of label volumes from files, and displacement fields and warped labels back into files.
 
 What is read is checked before anything is computed; what is written appears whole or not at all.
 """
@@ -6,7 +6,7 @@ What is read is checked before anything is computed; what is written appears who
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,29 +14,38 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from pairdiff_core.apps.grids import SAME_GRID, Grid, corners_apart, placed, same_place, sample
 from pairdiff_core.data.nifti import read_label_image
 from pairdiff_core.errors import DataError
-from pairdiff_core.fields import to_itk, to_learn2reg, warp_labels
+from pairdiff_core.fields import to_itk, to_learn2reg
+from pairdiff_core.metrics import mean_dice
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Profile
 from pairdiff_core.storage import write_file
 
-SUFFIXES = (".nii.gz", ".nii")
 MAX_LABELS = 256  # more values than that are intensities, not labels
-SAME_GRID = 0.01  # voxels by which the corners of two grids may lie apart
+LISTED = 8  # labels that a message names
 
 
 @dataclass(frozen=True, eq=False)
 class VolumePair:
-    """A fixed and a moving label volume on one grid, as their files have them; a slice has two spatial axes."""
+    """A fixed and a moving label volume on the grid of the fixed one; a slice has two spatial axes."""
 
     labels: torch.Tensor  # uint8 (2, *spatial): index into values of the fixed and of the moving image
-    values: np.ndarray  # (C,), the label values of both images, sorted
+    values: np.ndarray  # (C,), 0 and the label values of both images, sorted; 0 and 1 for two masks
     spacing: tuple[float, ...]  # millimetres between voxel centres along each spatial axis
-    shape: tuple[int, ...]  # of the files, (X, Y, Z), or (X, Y) of a plain slice
-    affine: np.ndarray  # (4, 4) voxel-to-world matrix of the common grid, mm, RAS
-    moving_dtype: np.dtype
+    shape: tuple[int, ...]  # of the fixed file, (X, Y, Z), or (X, Y) of a plain slice
+    grids: tuple[Grid, Grid]  # of the fixed and of the moving file
+    to_moving: np.ndarray  # (4, 4), from voxels of the fixed to voxels of the moving file
+    moving: np.ndarray  # uint8 (X, Y, Z), index into values, on the grid of the moving file
+    moving_values: np.ndarray  # (C,), what the moving file holds where its index is that, of its own number type
     paths: tuple[Path, Path]
+    notes: tuple[str, ...]  # what a user should know about the files, a line each
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4) voxel-to-world matrix of the fixed file, mm, RAS, as nibabel reads it."""
+        return self.grids[0].affine
 
     def pairs(self, profile: Profile | None = None) -> PairSet:
         """A set of this one pair, with labels from 0 to C - 1.
@@ -54,22 +63,65 @@ class VolumePair:
                 knows = f"the network knows images with {profile.spatial_dims}"
                 raise DataError(f"{self.paths[0]} has {dims} axes, but {knows}. Choose another run, or none.")
             last = profile.num_labels - 1
-            known = self.values >= 0 if last == 1 else np.isin(self.values, np.arange(last + 1))
+            known = np.isin(self.values, np.arange(last + 1)) | (last == 1)
             for label in np.flatnonzero(~known)[:1]:
                 path = self.paths[0] if (self.labels[0] == label).any() else self.paths[1]
                 raise DataError(
-                    f"{path} holds the label {self.values[label]:g}, but the network knows "
-                    f"{'0 and above' if last == 1 else f'0 to {last}'}. Change the labels, or choose no run."
+                    f"{path} holds the label {self.values[label]:g}, but the network knows 0 to {last}. Change the "
+                    "labels, or choose no run."
                 )
             table = np.minimum(self.values, last)
         names = map(str, range(profile.num_labels if profile else len(table)))
         labels = torch.from_numpy(table.astype(np.uint8))[self.labels.long()]
         return PairSet(labels[None], tuple(names), self.spacing, ("~".join(path.name for path in self.paths),))
 
+    def merged_by(self, profile: Profile) -> list[str]:
+        """A line, if a network that was trained at this profile takes several labels for one."""
+        if profile.num_labels > 2 or len(self.values) <= 2:
+            return []
+        return [
+            f"the network knows one structure: it takes the labels {_listed(self.values[1:])} for one and cannot tell "
+            "them apart. The Dice is that of the labels; for all of them to count, choose no run."
+        ]
+
+    def in_volume(self, displacement: torch.Tensor) -> np.ndarray:
+        """A displacement (D, *spatial) as float32 (3, X, Y, Z): a slice does not move across itself."""
+        axis = _slice_axis(self.shape)
+        if axis is not None:
+            components = list(displacement)
+            components.insert(axis, torch.zeros_like(components[0]))
+            displacement = torch.stack(components).unsqueeze(axis + 1)
+        return displacement.cpu().numpy()
+
     def warped_moving(self, displacement: torch.Tensor) -> np.ndarray:
-        """The moving image, with its own values and number type, at x + u(x), u float (D, *spatial) in voxels."""
-        warped = warp_labels(self.labels[1:], displacement[None])
-        return self.values[warped.numpy()].astype(self.moving_dtype).reshape(self.shape)
+        """The moving image, with its own values and number type, at x + u(x), u float (D, *spatial) in voxels.
+
+        Nearest neighbour, and 0 where x + u(x) lies outside the moving image, as in ITK.
+        """
+        return self.moving_values[self._warped(displacement)].reshape(self.shape)
+
+    def _warped(self, displacement: torch.Tensor) -> np.ndarray:
+        return sample(self.moving, self.in_volume(displacement), after=self.to_moving)
+
+    def judged(self, displacement: torch.Tensor) -> tuple[float, float, list[str]]:
+        """Mean Dice over the labels of the files before and after warping as in :meth:`warped_moving`, and warnings."""
+        after = torch.from_numpy(self._warped(displacement)).reshape(self.labels[1].shape)
+        images = (self.labels[1], after)
+        scores = [float(mean_dice(image[None], self.labels[:1], len(self.values))) for image in images]
+        warnings = []
+        if not after.any():
+            warnings.append("the warped image is empty: the field leads out of the moving image everywhere.")
+        elif round(scores[1], 3) < round(scores[0], 3):
+            warnings.append(
+                f"Dice fell from {scores[0]:.3f} to {scores[1]:.3f}: the images overlap better without this field. "
+                "Take more --steps or no --run, or look at the images."
+            )
+        if scores[0] == 0:
+            warnings.append(
+                "Dice started at 0: no structure overlaps its counterpart, and the field may shrink what it cannot "
+                "move that far. Align the images first."
+            )
+        return *scores, warnings
 
 
 def _slice_axis(shape: Sequence[int]) -> int | None:
@@ -80,103 +132,193 @@ def _slice_axis(shape: Sequence[int]) -> int | None:
     return single[0] if len(single) == 1 else None  # of two such axes, neither is the slice's
 
 
-def read_pair(fixed: str | Path, moving: str | Path) -> VolumePair:
-    """Two label volumes on one grid; in a slice, the axis of one voxel is left out.
+def _listed(values: Iterable[float]) -> str:
+    values = [f"{value:g}" for value in values]
+    return ", ".join([*values[:LISTED], *(["..."] if len(values) > LISTED else [])])
+
+
+def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> VolumePair:
+    """Two label volumes, the moving one on the grid of the fixed; in a slice, the axis of one voxel is left out.
+
+    Axes of the moving image may come in another order or run the other way.
+
+    Args:
+        resample: whether a moving image on another grid is resampled, by nearest neighbour.
 
     Raises:
-        DataError: if a file is missing, damaged, no NIfTI, or no label volume with something in it; or if the two lie
-            on different grids. The message names the file.
+        DataError: if a file is missing, damaged, of an unknown format, or no label volume with something in it; if the
+            two lie on different grids, and not ``resample``; or have no label in common. The message names the file.
     """
     paths = (Path(fixed), Path(moving))
-    (fixed_values, image), (moving_values, other) = (_read_volume(path) for path in paths)
-    shape = fixed_values.shape
-    if shape != moving_values.shape:
-        raise DataError(
-            f"{paths[1]} has shape {moving_values.shape}, but {paths[0]} has {shape}. The two images of a pair lie on "
-            "one grid: resample one of them by nearest neighbour."
-        )
-    apart = _corners_apart(image, other)
-    if apart > SAME_GRID:
-        raise DataError(
-            f"{paths[1]} lies elsewhere than {paths[0]}: by their headers, corners of the two grids are up to "
-            f"{apart:.3g} voxels apart. Resample one onto the other's grid by nearest neighbour."
-        )
-    values, both = np.union1d(np.unique(fixed_values), np.unique(moving_values)), f"{paths[0]} and {paths[1]} hold"
+    (fixed_labels, fixed_image), (moving_labels, moving_image) = (_read_volume(path) for path in paths)
+    grids = (Grid.of(fixed_image), Grid.of(moving_image))
+    notes = [note for grid, path in zip(grids, paths, strict=True) if (note := grid.note(path))]
+    to_moving = same_place(*grids)
+    if to_moving is None:
+        if not resample:
+            raise DataError(_differ(grids, paths))
+        to_moving = np.linalg.inv(grids[1].world) @ grids[0].world
+        notes.append(f"{paths[1]} was resampled onto the grid of {paths[0]} by nearest neighbour.")
+    elif not np.allclose(to_moving, np.eye(4)):
+        axes = ["".join(nib.aff2axcodes(grid.affine)) for grid in grids]
+        notes.append(f"{paths[1]} was turned from axes {axes[1]} to {axes[0]}, those of {paths[0]}; so are the outputs.")
+    values = np.union1d([0], np.union1d(fixed_labels, moving_labels))
+    both = f"{paths[0]} and {paths[1]} hold"
     if len(values) > MAX_LABELS:
         raise DataError(
             f"{both} {len(values)} different values, more than the {MAX_LABELS} that labels may have: these are "
             "intensity images. Give segmentations."
         )
-    if len(values) == 1:
-        raise DataError(f"{both} only the value {values[0]}: there is nothing to register by.")
-    labels = np.stack([np.searchsorted(values, part).astype(np.uint8) for part in (fixed_values, moving_values)])
-    spacing, axis = nib.affines.voxel_sizes(image.affine), _slice_axis(shape)
+    own = [np.setdiff1d(labels, [0]) for labels in (fixed_labels, moving_labels)]
+    moving_values = values.astype(moving_labels.dtype)
+    if not np.intersect1d(*own).size:
+        if max(map(len, own)) > 1:
+            raise DataError(
+                f"{both} no label in common: {_listed(own[0])} and {_listed(own[1])}. Give the same structure the "
+                "same label in both."
+            )
+        notes.append(f"the masks {paths[0]} ({own[0][0]:g}) and {paths[1]} ({own[1][0]:g}): non-zero is taken as 1.")
+        values, moving_values = np.array([0, 1]), np.array([0, own[1][0]], moving_labels.dtype)
+        fixed_labels, moving_labels = fixed_labels != 0, moving_labels != 0
+    if len(values) == 2 and fixed_labels.all() and moving_labels.all():
+        raise DataError(f"{both} only the value {own[0][0]:g}: there is nothing to register by.")
+    for path, one, other in zip(paths, own, reversed(own), strict=True):
+        alone = np.setdiff1d(one, other)
+        if alone.size and len(values) > 2:
+            what = "labels" if len(alone) > 1 else "label"
+            notes.append(f"{path} alone holds the {what} {_listed(alone)}, which nothing can be matched with.")
+    indices = [np.searchsorted(values, labels).astype(np.uint8) for labels in (fixed_labels, moving_labels)]
+    shape, axis = indices[0].shape, _slice_axis(indices[0].shape)
+    volume = indices[1].reshape(grids[1].shape)
+    moved = volume if np.array_equal(to_moving, np.eye(4)) else sample(volume, _still(grids[0]), after=to_moving)
+    if not moved.any():
+        raise DataError(f"{paths[1]} has nothing in the field of view of {paths[0]}: align the two first.")
+    labels, spacing = np.stack([indices[0], moved.reshape(shape)]), nib.affines.voxel_sizes(grids[0].affine)
     if axis is not None:
-        spacing, labels = np.delete(spacing, axis), labels.reshape(2, *np.delete((*shape, 1)[:3], axis))
-    dtype = moving_values.dtype
-    return VolumePair(torch.from_numpy(labels), values, tuple(spacing.tolist()), shape, image.affine, dtype, paths)
+        spacing, labels = np.delete(spacing, axis), labels.reshape(2, *np.delete(grids[0].shape, axis))
+    spacing = tuple(spacing.tolist())
+    return VolumePair(
+        torch.from_numpy(labels), values, spacing, shape, grids, to_moving, volume, moving_values, paths, tuple(notes)
+    )
+
+
+def _still(grid: Grid) -> np.ndarray:
+    """The displacement 0 on a grid, (3, X, Y, Z), without its memory."""
+    return np.broadcast_to(np.float32(0), (3, *grid.shape))
+
+
+def _differ(grids: tuple[Grid, Grid], paths: tuple[Path, Path]) -> str:
+    """Why two images do not lie on one grid, and what to do."""
+    shapes = [" x ".join(map(str, grid.shape)) for grid in grids]
+    if sorted(grids[0].shape) != sorted(grids[1].shape):
+        differ = f"{paths[1]} has shape {shapes[1]}, but {paths[0]} has {shapes[0]}"
+    else:
+        apart = corners_apart(grids[0].affine, grids[1].affine, grids[0].shape)
+        differ = (
+            f"{paths[1]} lies elsewhere than {paths[0]}: by their headers, corners of the two grids are up to "
+            f"{apart:.3g} voxels apart"
+        )
+    return f"{differ}. Add --resample to resample it onto the grid of {paths[0]} by nearest neighbour."
 
 
 def _read_volume(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Label values (X, Y, Z), or (X, Y) of a plain slice, that are not all 0, and the image for its affine."""
+    """Labels (X, Y, Z), or (X, Y) of a plain slice, not all 0 and none below, and the image for its header."""
     if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file. Give a NIfTI file, .nii or .nii.gz.")
+        raise DataError(f"{path} does not exist or is no file. Give an image file, such as .nii.gz.")
     values, image = read_label_image(path)
-    shape = values.shape
-    while values.ndim > 3 and values.shape[-1] == 1:  # some programs write (X, Y, Z, 1)
-        values = values[..., 0]
-    if values.ndim not in (2, 3) or not values.size:
-        raise DataError(f"{path} has shape {shape}, not that of one volume (X, Y, Z) or slice. Take one time point.")
+    values = one_volume(values, path)
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine)) < 1e-12:
         raise DataError(f"{path} has an affine without an inverse: {image.affine.tolist()}. Export it again.")
+    if values.min() < 0:
+        negative = np.unique(values[values < 0])
+        raise DataError(f"{path} holds negative labels: {_listed(negative)}. 0 is background; renumber them above it.")
     if not values.any():
         raise DataError(f"{path} is empty: all its voxels are 0. Give a segmentation with something in it.")
     return values, image
 
 
-def _corners_apart(image: nib.Nifti1Image, other: nib.Nifti1Image) -> float:
-    """The largest distance between where two affines put the corners of the grid, in voxels of the first."""
-    last = [size - 1 for size in (*image.shape, 1, 1)[:3]]
-    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*last, 1]  # (8, 4)
-    apart = np.linalg.inv(image.affine) @ (other.affine - image.affine) @ corners.T  # (4, 8)
-    return float(np.linalg.norm(apart[:3], axis=0).max()) if np.isfinite(apart).all() else np.inf
+def one_volume(values: np.ndarray, path: Path) -> np.ndarray:
+    """Values as (X, Y, Z) or (X, Y), without the axes of one voxel that some programs write after these.
+
+    Raises:
+        DataError: if they are several volumes, or none; the message names the file.
+    """
+    shape = values.shape
+    if not values.size:
+        raise DataError(f"{path} has shape {shape}: there are no voxels in it. Export it again.")
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim > 3:
+        raise DataError(f"{path} has shape {shape}: {values[0, 0, 0].size} volumes. Take one of them.")
+    if values.ndim < 2:
+        raise DataError(f"{path} has shape {shape}: a row of voxels, no volume (X, Y, Z) or slice (X, Y).")
+    return values
 
 
-def write_nifti(path: str | Path, values: np.ndarray, affine: np.ndarray, intent: str = "none") -> None:
+def write_nifti(
+    path: str | Path,
+    values: np.ndarray,
+    affine: np.ndarray,
+    intent: str = "none",
+    header: nib.Nifti1Header | None = None,
+) -> None:
     """Write values (X, Y, Z, ...) with their voxel-to-world matrix (4, 4), mm, RAS; compressed for ``.nii.gz``.
 
     By nibabel, fields too: SimpleITK would rotate a sheared grid into a straight one and only warn.
 
+    Args:
+        header: whose forms, codes, zooms and unit are kept; then ``affine`` does not count.
+
     Raises:
         CheckpointError: if it cannot be written; an older file then is still there.
     """
-    image = nib.Nifti1Image(values, affine, dtype=values.dtype)  # named, else nibabel refuses 64-bit integers
-    image.header.set_xyzt_units("mm")
+    if header is None:
+        image = nib.Nifti1Image(values, affine, dtype=values.dtype)  # named, else nibabel refuses 64-bit integers
+        image.set_sform(affine, code="scanner")
+        image.set_qform(affine, code="scanner")
+        if not np.allclose(image.get_qform(), affine, atol=1e-3):  # sheared, which a qform cannot express
+            image.set_qform(None, code="unknown")
+    else:
+        new = placed(header, values.shape, values.dtype)
+        image = nib.Nifti1Image(values, None, new, dtype=values.dtype)
+    if image.header.get_xyzt_units()[0] == "unknown":
+        image.header.set_xyzt_units("mm")
     image.header.set_intent(intent)
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    if not np.allclose(image.get_qform(), affine, atol=1e-3):  # sheared, which a qform cannot express
-        image.set_qform(None, code="unknown")
     content = image.to_bytes()
     write_file(Path(path), gzip.compress(content, 1, mtime=0) if str(path).endswith(".gz") else content)
 
 
-def write_field(path: str | Path, pair: VolumePair, displacement: torch.Tensor, form: str = "itk") -> None:
+def write_field(
+    path: str | Path, pair: VolumePair, displacement: torch.Tensor, form: str = "itk", inverse: bool = False
+) -> None:
     """Write a displacement (D, *spatial), in voxels of the pair's grid, fixed to moving.
+
+    The file has the forms, codes and zooms of the fixed image.
 
     Args:
         form: "itk", float32 (X, Y, Z, 1, 3) with the intent "vector": millimetres along LPS axes, which ITK, SimpleITK
-            and ANTs read as a displacement field; "l2r", float32 (X, Y, Z, 3) in voxels along the array's axes, as in
-            Learn2Reg. A slice gets an axis of one voxel and a third component 0; SimpleITK reads the field
-            of an (X, Y, 1) as flat, until ``sitk.JoinSeries(field)`` and ``CopyInformation(fixed)``.
+            and ANTs read as a displacement field, between the two images as SimpleITK places them. For one slice,
+            (X, Y) or (X, Y, 1), it is (X, Y, 1, 1, 2), a field of two dimensions. "l2r", float32 (X, Y, Z, 3) in
+            voxels along the array's axes, as in Learn2Reg, with a component 0 for the axis of one voxel.
+        inverse: whether the displacement is from moving to fixed, on the pair's grid, too.
     """
-    axis = _slice_axis(pair.shape)
-    if axis is not None:  # (2, *spatial) -> (3, X, Y, Z)
-        components = list(displacement)
-        components.insert(axis, torch.zeros_like(components[0]))
-        displacement = torch.stack(components).unsqueeze(axis + 1)
-    if form == "itk":
-        vectors = to_itk(displacement, pair.affine).astype(np.float32)[:, :, :, None]  # (X, Y, Z, 1, 3)
-        write_nifti(path, vectors, pair.affine, "vector")
-    else:
-        write_nifti(path, to_learn2reg(displacement), pair.affine)
+    grid, vectors = pair.grids[0], torch.from_numpy(pair.in_volume(displacement))  # (3, X, Y, Z)
+    if form == "l2r":
+        write_nifti(path, to_learn2reg(vectors), grid.affine, header=grid.header)
+        return
+    here, there = grid.field_world, pair.grids[1].field_world @ pair.to_moving
+    if grid.shape[2] == 1 and pair.grids[1].shape[2] > 1 or corners_apart(here, there, grid.shape) <= SAME_GRID:
+        there = here
+    header = grid.header
+    if inverse and there is not here:
+        here, there = there, here
+        header = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), here).header
+    dims = 2 if grid.shape[2] == 1 and _slice_axis(pair.shape) == 2 else 3
+    axes = [*range(dims), 3]
+    millimetres = to_itk(vectors[:dims], there[np.ix_(axes, axes)])  # (X, Y, Z, dims)
+    if there is not here:  # to SimpleITK, the two images lie on different grids
+        x, y, z = np.indices(grid.shape, sparse=True)
+        for axis, shift in enumerate((there - here)[:dims]):
+            sign = -1 if axis < 2 else 1  # RAS, LPS
+            millimetres[..., axis] += sign * (shift[0] * x + shift[1] * y + shift[2] * z + shift[3])
+    write_nifti(path, millimetres.astype(np.float32)[:, :, :, None], grid.affine, "vector", header)

@@ -1,0 +1,38 @@
+"""What commands print beside their errors: numbers, and lines that tell how far long work is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import typer
+
+
+def show(numbers: dict[str, Any]) -> None:
+    """Print numbers, a line each; lists of them are for the file."""
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            show({f"{name} {key}": item for key, item in value.items()})
+        elif not isinstance(value, list):
+            typer.echo(f"{name:26} {'-' if value is None else f'{value:.4g}'}")
+
+
+@contextmanager
+def progress_lines(quiet: bool = False) -> Iterator[None]:
+    """Inside, what the package logs goes to stderr, a line each; with ``quiet``, nothing at all is printed."""
+    if quiet:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+        return
+    package, handler = logging.getLogger("pairdiff_core"), logging.StreamHandler()
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)

@@ -1,0 +1,44 @@
+"""Options that several commands have, and what they mean; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pairdiff_core.profiles import DATASETS, PROFILES, Profile, get_profile
+
+SUFFIXES = (".nii.gz", ".nii")  # of the volumes that are written
+
+DatasetName = Literal[tuple(DATASETS)]
+ProfileName = Literal[tuple(PROFILES[2])]
+
+DataFolder = Annotated[Path | None, typer.Option(help="Folder of the real data; default: the environment variables.")]
+Levels = Annotated[int | None, typer.Option(min=1, help="Only the first levels of the optimisation: faster, coarser.")]
+NetworkName = Annotated[str | None, typer.Option(help="Which network of the run; default: synthetic.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only results, warnings and errors: no bars, notes or progress.")]
+RunOrModel = Annotated[str | None, typer.Option(help="Run folder, or pretrained model such as oasis2d-laptop.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Of everything random.")]
+Steps = Annotated[int | None, typer.Option(min=0, help="At each level of the optimisation; 0 for none.")]
+
+
+def refuse(why: str, **given: Any) -> None:
+    """Refuse as wrong use the first of these options that was given, by its name in Python; ``why`` follows it."""
+    for name, value in given.items():
+        if value not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option} {why}", param_hint=option)
+
+
+def chosen_profile(dataset: str, name: str | None, default: str) -> Profile:
+    """The profile of that name, else the one that PAIRDIFF_PROFILE names, else the default.
+
+    Raises:
+        typer.BadParameter: if PAIRDIFF_PROFILE names none.
+    """
+    try:
+        return get_profile(name or os.environ.get("PAIRDIFF_PROFILE") or default, DATASETS[dataset])
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="PAIRDIFF_PROFILE") from error

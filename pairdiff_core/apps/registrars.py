@@ -1,0 +1,51 @@
+"""How the commands register: by a network of a run, by optimisation, or by both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import nibabel as nib
+import typer
+
+from pairdiff_core import pipeline, registration
+from pairdiff_core.apps.volume_files import VolumePair
+from pairdiff_core.data import grid_affine
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.pipeline import Run, open_run
+from pairdiff_core.profiles import Profile, to_json
+
+
+def opened(run: str | None) -> Run | None:
+    """The run, or pretrained model, of that name or folder."""
+    return None if run is None else open_run(pipeline.find_model(run))
+
+
+def chosen_registrar(
+    profile: Profile, own: Run | None = None, network: str | None = None, instance: bool = True
+) -> tuple[Callable[[PairSet], registration.Deformation], dict[str, Any]]:
+    """How to register, by a network of a run or by optimisation alone, and its description for JSON."""
+    options, described = {}, {"settings": to_json(profile.registration)}
+    if own:
+        trained = pipeline.load_model(own.path, f"registration-{network or 'synthetic'}")
+        options = {"network": trained.model, "instance": instance, "trained_spacing": _trained_grid(own)[1]}
+        described |= {"run": str(own.path), "network": trained.fingerprint}
+    return partial(registration.register, profile=profile, **options), described
+
+
+def _trained_grid(own: Run) -> tuple[Any, list[float]]:
+    """Voxel-to-world matrix (4, 4) and millimetres a voxel of the grid that the networks of a run were trained on."""
+    affine = grid_affine(own.dataset, own.profile.spatial)
+    return affine, nib.affines.voxel_sizes(affine)[: own.profile.spatial_dims].tolist()
+
+
+def note_differences(pair: VolumePair, pairs: PairSet, own: Run) -> None:
+    """Say on stderr where a volume differs from what the network was trained on; it then does less well."""
+    affine, spacing = _trained_grid(own)
+    if not registration.sampling(pairs.spatial, pairs.spacing, own.profile, spacing).as_trained:
+        at, here = (" x ".join(f"{mm:.3g}" for mm in each) for each in (spacing, pairs.spacing))
+        typer.echo(f"note: the network was trained at {at} mm; these voxels of {here} mm do not fit that.", err=True)
+    axes, expected = ("".join(nib.aff2axcodes(each)) for each in (pair.affine, affine))
+    if pairs.spatial_dims == 3 and axes != expected:
+        typer.echo(f"note: the network was trained on axes that run to {expected}, these run to {axes}.", err=True)
