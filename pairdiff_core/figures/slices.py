@@ -23,12 +23,9 @@ def _sides(image: np.ndarray, pairs: PairSet) -> str:
 
     If they are not there, left is at low indices of array axis 0: the data sets are loaded that way.
     """
-    centres = []
-    for side in ("Left-", "Right-"):
-        labels = [label for label, name in enumerate(pairs.label_names) if name.startswith(side)]
-        across = np.nonzero(np.isin(image, labels))[0]
-        centres.append(across.mean() if len(across) else np.nan)
-    return "RL" if centres[0] > centres[1] else "LR"  # a comparison with NaN is False
+    sides = (np.array([name.startswith(side) for name in pairs.label_names]) for side in ("Left-", "Right-"))
+    left, right = (np.nonzero(side[image])[0] for side in sides)
+    return "RL" if left.size and right.size and left.mean() > right.mean() else "LR"
 
 
 def show_labels(
