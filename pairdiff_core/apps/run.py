@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pairdiff_core.apps.lines import progress_lines, show
 from pairdiff_core.apps.options import DataFolder, DatasetName, ProfileName, Quiet, Seed, chosen_profile
 from pairdiff_core.profiles import STAGES
+
+if TYPE_CHECKING:
+    from pairdiff_core.pipeline import Run
 
 
 def run(
@@ -49,21 +52,38 @@ def run(
         os.environ["PAIRDIFF_DEVICE"] = device
 
     from pairdiff_core import pipeline
-    from pairdiff_core.storage import Saving, write_json
+    from pairdiff_core.storage import Saving
     from pairdiff_core.training import Paused, best_device, distributed, pausing
 
     with pausing(max_minutes) as reason:
         work = pipeline.Run(dataset, settings, seed, run, data, Saving(save_minutes, reason))
-        _ = best_device(), work.train  # a run without its device or data is refused before its folder is made
+        best_device()  # a run without its device or data is refused before its folder is made
+        measured = pipeline.read_measured(work) if stage == "all" else None
+        if measured and not quiet and distributed.rank() == 0:
+            typer.echo(f"{work.path} is finished: nothing was done again")
+        if measured is None and not pipeline.chosen_model(dataset, settings, "vqae"):
+            _ = work.train
         try:
-            with work.working(), progress_lines(quiet):
-                made = pipeline.run_stages(work, STAGES[-1] if stage == "all" else stage)
-                measured = pipeline.measure(work, made) if stage == "all" and distributed.rank() == 0 else None
+            with progress_lines(quiet):
+                measured = measured or _worked(work, stage)
         except Paused as paused:
             if distributed.rank() == 0:
                 typer.echo(f"{paused}. {work.path} keeps the progress; the same command goes on from there.", err=True)
             raise typer.Exit(1 if "came" in (reason() or "") else 0) from None  # a signal, or the time that was given
-        if measured is not None:
-            write_json(work.path / "metrics.json", measured)
-            show(measured["summary"])
-            typer.echo(f"written to {work.path / 'metrics.json'}")
+    if measured is not None and distributed.rank() == 0:
+        show(measured["summary"])
+        typer.echo(f"written to {work.path / 'metrics.json'}")
+
+
+def _worked(work: Run, stage: str) -> dict[str, Any] | None:
+    """Run the stages up to one, or "all" and measure; what the first process has measured."""
+    from pairdiff_core import pipeline
+    from pairdiff_core.training import distributed
+
+    with work.working():
+        made = pipeline.run_stages(work, STAGES[-1] if stage == "all" else stage)
+        if stage != "all" or distributed.rank():
+            return None
+        measured = pipeline.measure(work, made)
+        pipeline.keep_measured(work, measured)
+        return measured

@@ -1,7 +1,25 @@
 """The method as a pipeline: a run, its models, its five stages, and measuring it."""
 
-from .measure import describe_denoiser, describe_synthetic, describe_vqae, measure, methods
-from .models import Trained, find_model, load_model, new_denoiser, new_registration, new_vqae, pretrained_models
+from .measure import (
+    describe_denoiser,
+    describe_synthetic,
+    describe_vqae,
+    keep_measured,
+    measure,
+    methods,
+    read_measured,
+)
+from .models import (
+    Trained,
+    chosen_model,
+    find_autoencoder,
+    find_model,
+    load_model,
+    new_denoiser,
+    new_registration,
+    new_vqae,
+    pretrained_models,
+)
 from .run import Run, open_run
 from .stages import (
     StageResults,
@@ -10,7 +28,9 @@ from .stages import (
     encode_training_pairs,
     load_or_make,
     load_or_train,
+    number_of_shards,
     run_stages,
+    sample_pairs,
     synthesise,
     train_denoiser,
     train_registration,

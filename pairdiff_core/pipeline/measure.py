@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
 import re
 import time
@@ -20,12 +23,23 @@ from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import StageResults, run_stages
 from pairdiff_core.profiles import Profile, to_json
 from pairdiff_core.registration import Method, evaluate, register, summarise
-from pairdiff_core.storage import code_hash, fingerprint, load_checkpoint, measured_once, pack_labels, provenance
+from pairdiff_core.storage import (
+    code_hash,
+    fingerprint,
+    load_checkpoint,
+    measured_once,
+    pack_labels,
+    provenance,
+    write_file,
+    write_json,
+)
 from pairdiff_core.training import best_device
 
 SHOWN = {2: 4, 3: 1}  # pairs kept in the file as pictures, by dimensions
 COMPARED, COMPARED_VOXELS = 48, 2**27  # at most: pairs of each set whose displacements are compared, their voxels
 BITS_PAIRS = 64  # at most, whose bits per token are measured
+METRICS, FINISHED = "metrics.json", "finished"  # files of a run folder
+log = logging.getLogger(__name__)
 QUOTED = {  # rows of the registration table that the text quotes, by their names there
     "before": "before",
     "baseline": "baseline",
@@ -79,6 +93,7 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
         run.pause_if_asked("measuring")
         path = run.path / "measured" / f"{re.sub('[^a-z0-9]+', '-', name)}.json"
         with run.working():
+            log.info("measuring: %s", name)
             return measured_once(path, common | {"on": depends_on}, partial(measure_part, *arguments))
 
     def one_method(method: Method | None) -> dict[str, Any]:
@@ -112,6 +127,37 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
     spent = [time.perf_counter() - started, *(stage["seconds"] for stage in measured["stages"].values())]
     made_by["wall_seconds"] = sum(spent)
     return {"summary": _quoted(measured), **measured, "provenance": made_by}
+
+
+def keep_measured(run: Run, measured: dict[str, Any]) -> None:
+    """Write what :func:`measure` returns to ``metrics.json``, and that nothing is left to do."""
+    write_json(run.path / METRICS, measured)
+    write_file(run.path / FINISHED, _state(run).encode())
+
+
+def read_measured(run: Run) -> dict[str, Any] | None:
+    """What :func:`keep_measured` wrote, if it would be measured again: code, settings, data and results are the same.
+
+    Then the data are looked for but not read, and no pair is decoded.
+
+    Raises:
+        DataError: if the data are not there.
+    """
+    finished = run.path / FINISHED
+    if not finished.is_file() or finished.read_text() != _state(run):
+        return None
+    return json.loads((run.path / METRICS).read_text())
+
+
+def _state(run: Run) -> str:
+    """SHA-256 of all that the results of a run depend on, and of the results; of the data, names, sizes and times."""
+    digest = hashlib.sha256(json.dumps([run.dataset, to_json(run.profile), run.seed, code_hash()]).encode())
+    for path in run.data_files():
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path in sorted([*run.path.glob("*.safetensors"), *run.path.glob(METRICS)]):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _made_by(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from pairdiff_core.absorbing import Denoiser
 from pairdiff_core.errors import CheckpointError
-from pairdiff_core.pipeline.run import open_run
+from pairdiff_core.pipeline.run import Run, open_run
 from pairdiff_core.profiles import Profile, trained_settings
 from pairdiff_core.registration import RegistrationNetwork
 from pairdiff_core.storage import check_config, fingerprint, load_checkpoint
@@ -95,18 +95,40 @@ def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None 
 def load_model(folder: str | Path, name: str) -> Trained:
     """The model ``name``, such as "vqae" or "registration-real", of a run folder or pretrained model.
 
+    What a run has not trained but taken from a pretrained model (PAIRDIFF_MODELS) is taken from there again.
+
     Raises:
         CheckpointError: as :func:`load_trained`; if there is no such network, the message lists those there are.
     """
-    path, stage = Path(folder) / f"{name}.safetensors", stage_of(name)
-    profile = open_run(folder).profile
+    path, stage, run = Path(folder) / f"{name}.safetensors", stage_of(name), open_run(folder)
+    pretrained = None if path.is_file() else chosen_model(run.dataset, run.profile, name)
+    if pretrained is not None:  # the run has taken it from there, too
+        return load_trained(pretrained, run.profile)
     if not path.is_file():
         found = sorted(file.stem.removeprefix(f"{stage}-") for file in path.parent.glob(f"{stage}*.safetensors"))
         raise CheckpointError(
             f"{folder} holds no {name}; of this stage it holds: {', '.join(found) or 'none'}. Choose by --network, or "
             "train it."
         )
-    return load_trained(path, profile)
+    return load_trained(path, run.profile)
+
+
+def find_autoencoder(run: Run, fingerprint: str) -> Trained:
+    """The autoencoder with these weights: of the run folder, else of the pretrained models that fit the run.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    own = run.path / "vqae.safetensors"
+    folders = [folder for folder in pretrained_models() if folder.name == f"{run.dataset}-{run.profile.name}"]
+    for path in [own] if own.exists() else [folder / own.name for folder in folders]:
+        found = load_trained(path, run.profile)
+        if found.fingerprint == fingerprint:
+            return found
+    raise CheckpointError(
+        f"{run.path / 'synthesis.safetensors'} was made with another autoencoder than {own}, or than the pretrained "
+        "one. Set PAIRDIFF_MODELS as it was then, copy both files from one run, or make it again."
+    )
 
 
 def pretrained_models() -> list[Path]:

@@ -6,10 +6,11 @@ settings, data or earlier stages is refused, never mixed in.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from torch import nn
 
 from pairdiff_core import absorbing, registration, vqae
 from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs, augment
+from pairdiff_core.data import grid_affine
+from pairdiff_core.data.datasets import LABEL_TABLES
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
 from pairdiff_core.pipeline.run import Run
@@ -35,6 +38,7 @@ from pairdiff_core.storage import (
 from pairdiff_core.training import Samples, best_device, distributed, fit, generator, new_fabric, precision
 
 PAIRS_IN_A_SHARD = 8  # of synthetic tokens: the unit of work that is kept or done again
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Training:
 
 def train_vqae(run: Run) -> Trained:
     """Stage 1: the paired VQ autoencoder; its history holds the loss and the health of the codebook."""
+    if pretrained := load_pretrained(run, "vqae"):
+        return pretrained
     settings, pairs = run.profile.vqae, run.train
     samples = Samples(len(pairs), settings.batch, run.seed_of("vqae"))
     batches = WarpedPairs(pairs.labels, samples, settings.augmentation)
@@ -91,6 +97,8 @@ def encode_training_pairs(run: Run, autoencoder: Trained) -> torch.Tensor:
 
 def train_denoiser(run: Run, tokens: torch.Tensor) -> Trained:
     """Stage 3: the denoiser, on tokens int (N, *grid)."""
+    if pretrained := load_pretrained(run, "denoiser"):
+        return pretrained
     sequences = tokens.flatten(1)  # (N, *grid) -> (N, L)
     samples = Samples(len(sequences), run.profile.denoiser.batch, run.seed_of("denoiser"))
 
@@ -104,27 +112,40 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Trained:
 
 def synthesise(run: Run, autoencoder: Trained, denoiser: Trained) -> torch.Tensor:
     """Stage 4: tokens int16 (N, *grid) of synthetic pairs. The tokens *are* the set; :func:`decode_pairs` decodes."""
-    settings, model, device = run.profile.synthesis, denoiser.model, best_device()
-
-    def sample_shard(shard: int) -> torch.Tensor:
-        number = min(PAIRS_IN_A_SHARD, settings.pairs - shard * PAIRS_IN_A_SHARD)
-        random = generator(run.seed_of("synthesis"), "shard", shard, device=device)
-        with new_fabric("synthesis" in run.profile.mixed_precision).autocast():
-            tokens = absorbing.sample(
-                model, number, model.length, model.mask_token, random,
-                settings.steps, settings.temperature, settings.schedule,
-            )  # fmt: skip
-        return tokens.unflatten(1, model.grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
-
     inputs = {"autoencoder": autoencoder.fingerprint, "denoiser": denoiser.fingerprint}
-    return load_or_make(run, "synthesis", inputs, sample_shard, -(-settings.pairs // PAIRS_IN_A_SHARD))
+    return load_or_make(run, "synthesis", inputs, partial(sample_pairs, run, denoiser), number_of_shards(run))
+
+
+def number_of_shards(run: Run) -> int:
+    """How many shards the synthetic pairs of a run are sampled in."""
+    return -(-run.profile.synthesis.pairs // PAIRS_IN_A_SHARD)
+
+
+def sample_pairs(run: Run, denoiser: Trained, shard: int) -> torch.Tensor:
+    """One shard of the synthetic pairs of a run as tokens int16 (at most 8, *grid); no data are needed."""
+    settings, model, device = run.profile.synthesis, denoiser.model, best_device()
+    number = min(PAIRS_IN_A_SHARD, settings.pairs - shard * PAIRS_IN_A_SHARD)
+    random = generator(run.seed_of("synthesis"), "shard", shard, device=device)
+    with new_fabric("synthesis" in run.profile.mixed_precision).autocast():
+        tokens = absorbing.sample(
+            model, number, model.length, model.mask_token, random,
+            settings.steps, settings.temperature, settings.schedule,
+        )  # fmt: skip
+    return tokens.unflatten(1, model.grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
 
 
 def decode_pairs(run: Run, autoencoder: Trained, tokens: torch.Tensor) -> PairSet:
-    """Tokens int (N, *grid) as a PairSet with the labels, spacing and colours of the run's data."""
+    """Tokens int (N, *grid) as a PairSet with the label names, spacing and colours of the run's data set.
+
+    The data set itself is not needed.
+    """
+    dims = run.profile.spatial_dims
+    label_names, colours = zip(*LABEL_TABLES[dims][run.profile.num_labels], strict=True)
+    directions = grid_affine(run.dataset, run.profile.spatial)[:3, :dims]  # along the world's axes
+    spacing = tuple(abs(directions).sum(0).tolist())
     names = tuple(f"synthetic_{index:04d}_fixed~synthetic_{index:04d}_moving" for index in range(len(tokens)))
     labels = vqae.decode_labels(autoencoder.model, tokens)
-    return replace(run.train, labels=labels, names=names, displacement=None, landmarks=None)
+    return PairSet(labels, label_names, spacing, names, label_colours=colours)
 
 
 def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = False) -> Trained:
@@ -135,6 +156,8 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
         name: of the result in the run folder, such as "real" or "synthetic".
         warped: whether each batch is freshly warped, as the profile says.
     """
+    if pretrained := load_pretrained(run, f"registration-{name}"):
+        return pretrained
     settings = run.profile.registration
     samples = Samples(len(pairs), settings.batch, run.seed_of("registration"))
     augmentation = (settings.augmentation or run.profile.vqae.augmentation) if warped else None
@@ -145,10 +168,10 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
 
 
 class StageResults(NamedTuple):
-    """What the stages of a run have made; None or empty for the stages that were not asked for."""
+    """What the stages of a run have made; None or empty for what was not asked for or not needed."""
 
     autoencoder: Trained
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor | None  # not needed, and not made, before a pretrained denoiser
     denoiser: Trained | None
     synthetic: PairSet | None
     networks: dict[str, Trained]  # trained on "real" and on "synthetic" pairs, and on each under fresh warps
@@ -162,8 +185,10 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
     """
     number = STAGES.index(last)
     autoencoder = train_vqae(run)
-    tokens = encode_training_pairs(run, autoencoder) if number >= 1 else None
-    denoiser = train_denoiser(run, tokens) if number >= 2 else None
+    denoiser = load_pretrained(run, "denoiser") if number >= 2 else None
+    tokens = encode_training_pairs(run, autoencoder) if number >= 1 and not denoiser else None
+    if number >= 2 and not denoiser:
+        denoiser = train_denoiser(run, tokens)
     synthetic, networks = None, {}
     if number >= 3:
         synthetic = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser))
@@ -177,10 +202,20 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
 # ------------------------------------------------------------------------------------------- load or make
 
 
-def load_or_train(run: Run, training: Training) -> Trained:
-    """The model of a stage: from the run folder, else a pretrained one (PAIRDIFF_MODELS), else trained and saved now.
+def load_pretrained(run: Run, name: str) -> Trained | None:
+    """The pretrained model (PAIRDIFF_MODELS) that takes the place of a training, unless the run folder holds its own.
 
-    A pretrained model may come from other data than the run's, so a printed line says that it was taken.
+    It may come from other data than the run's, so a printed line says that it was taken. No data are needed.
+    """
+    path = chosen_model(run.dataset, run.profile, name)
+    if path is None or (run.path / f"{name}.safetensors").exists():
+        return None
+    _say(f"{name}: not trained here but taken from {path}")
+    return load_trained(path, run.profile)
+
+
+def load_or_train(run: Run, training: Training) -> Trained:
+    """The model of a stage: from the run folder, else trained and saved now.
 
     Raises:
         CheckpointError: if a checkpoint is damaged, was made with other settings or inputs, or cannot be written, or
@@ -192,10 +227,6 @@ def load_or_train(run: Run, training: Training) -> Trained:
         (run.path / f"{name}.progress").unlink(missing_ok=True)  # of a process killed before it could do so
         _say(f"{name}: found in {run.path.name}, not trained again")
         return load_trained(path, run.profile, training.inputs)
-    pretrained = chosen_model(run.dataset, run.profile, name)
-    if pretrained is not None:
-        _say(f"{name}: not trained here but taken from {pretrained}")
-        return load_trained(pretrained, run.profile)
     settings = getattr(run.profile, stage)
     config = {"settings": trained_settings(settings), "inputs": training.inputs}
     with run.working(), torch.random.fork_rng():
@@ -257,6 +288,8 @@ def _make_shards(
             started = time.monotonic()
             tensor = make(mine)
             save_checkpoint(files[mine], {"tensor": tensor}, {"config": config, "seconds": time.monotonic() - started})
+            if 10 * (shard + 1) // len(files) > 10 * shard // len(files) and distributed.rank() == 0:
+                log.info("%s: part %d of %d", name, shard + 1, len(files))
     run.pause_if_asked(name)  # which is also where each process waits for the others
     if distributed.rank() == 0:
         parts = [load_checkpoint(file) for file in files]

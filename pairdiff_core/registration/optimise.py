@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from pairdiff_core.registration.losses import bending_energy, pool, registration
 BLUR = 0.8  # standard deviation of the Gaussian on the maps of a level, in its voxels
 LARGE = 2**16  # voxels of an image from which on it pays to compare only those near a structure
 FAINT = 0.05  # less of a structure than this counts as none then
+Watch = Callable[[range], Iterable[int]]  # goes through the steps of a level, and may show them, as tqdm does
 MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
 
 
@@ -29,6 +30,7 @@ def optimise(
     squarings: int = 6,
     blur: float = BLUR,
     only_near: bool | None = None,
+    watch: Watch = iter,
 ) -> Velocities:
     """Improve velocities for these very images (N, M, *spatial) by gradient descent.
 
@@ -54,7 +56,7 @@ def optimise(
     update = torch.zeros_like(start, requires_grad=True)
     adam = torch.optim.Adam([update], lr=level.learning_rate)
     voxels = None
-    for step in range(level.steps):
+    for step in watch(range(level.steps)):
         deformation = enclosed(halves, start + smooth(update), squarings)
         if only_near and step % LOOK_AGAIN == 0:
             voxels = voxels_near(deformation, fixed, moving)
@@ -71,6 +73,7 @@ def refine(
     velocities: Velocities,
     levels: Sequence[Level],
     settings: RegistrationSettings,
+    watch: Watch = iter,
 ) -> Velocities:
     """:func:`optimise` level by level, each from where the one before ended; without levels, nothing changes.
 
@@ -79,7 +82,7 @@ def refine(
     be optimised then, while next to the innermost of several velocities the others stay as rough as a network made
     them. And a network may answer farther from the truth than no answer at all is; descent from there ends nearby.
     """
-    weights = {"smoothness": settings.smoothness, "squarings": settings.squarings}
+    weights = {"smoothness": settings.smoothness, "squarings": settings.squarings, "watch": watch}
     if settings.merge and levels and len(velocities) > 1:
         first, *levels = levels
         merged = sum(velocities)

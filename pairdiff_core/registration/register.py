@@ -18,7 +18,7 @@ from pairdiff_core.profiles import Profile
 from pairdiff_core.registration.deformation import Deformation, concatenated, integrate
 from pairdiff_core.registration.losses import label_maps
 from pairdiff_core.registration.network import RegistrationNetwork
-from pairdiff_core.registration.optimise import refine
+from pairdiff_core.registration.optimise import Watch, refine
 from pairdiff_core.training import best_device
 
 VOXELS_AT_ONCE = 2**18  # of the pairs that are registered together: larger tensors are slow on a CPU
@@ -34,6 +34,7 @@ def register(
     *,
     instance: bool = True,
     trained_spacing: Sequence[float] | None = None,
+    watch: Watch = iter,
 ) -> Deformation:
     """Register every pair.
 
@@ -44,6 +45,7 @@ def register(
         network: trained at this profile; None for none.
         instance: whether to optimise the network's answer.
         trained_spacing: millimetres a voxel that the network was trained at; None: those of the pairs.
+        watch: goes through the steps of each level of optimisation; ``tqdm`` shows a bar for each.
 
     Returns:
         Deformations on the grid of the pairs, in its voxels, on the CPU.
@@ -55,13 +57,13 @@ def register(
     found = []
     for labels in pairs.labels.split(batch):
         if network is None:
-            found.append(_optimised(labels, pairs.num_labels, profile))
+            found.append(_optimised(labels, pairs.num_labels, profile, watch))
         else:
-            found.append(_by_network(labels, pairs.num_labels, profile, network, instance, seen))
+            found.append(_by_network(labels, pairs.num_labels, profile, network, instance, seen, watch))
     return concatenated(found)
 
 
-def _optimised(labels: torch.Tensor, num_labels: int, profile: Profile) -> Deformation:
+def _optimised(labels: torch.Tensor, num_labels: int, profile: Profile, watch: Watch) -> Deformation:
     settings, spatial = profile.registration, labels.shape[2:]
     coarser = coarsening(spatial, profile.spatial)
     block = coarser * math.lcm(*(level.scale * level.control for level in settings.baseline))
@@ -69,7 +71,7 @@ def _optimised(labels: torch.Tensor, num_labels: int, profile: Profile) -> Defor
     fixed, moving = _maps(labels, padded, num_labels, coarser)
     dims = len(spatial)
     zero = fixed.new_zeros((len(fixed), dims, *[1] * dims))
-    velocities = refine(fixed, moving, (zero,), settings.baseline, settings)
+    velocities = refine(fixed, moving, (zero,), settings.baseline, settings, watch)
     return _on_grid(velocities, settings.squarings, padded, spatial)
 
 
@@ -81,6 +83,7 @@ def _by_network(
     network: RegistrationNetwork,
     instance: bool,
     seen: Sampling,
+    watch: Watch,
 ) -> Deformation:
     settings = profile.registration
     sampled = [_resampled(image, seen.grid, num_labels) for image in _padded(labels, seen.padded).unbind(1)]
@@ -89,7 +92,7 @@ def _by_network(
     if instance and settings.instance:
         maps = _maps(labels, seen.padded, num_labels, coarsening(seen.padded, profile.spatial))
         with torch.enable_grad():
-            velocities = refine(*maps, velocities, settings.instance, settings)
+            velocities = refine(*maps, velocities, settings.instance, settings, watch)
     return _on_grid(velocities, settings.squarings, seen.padded, labels.shape[2:])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,6 +24,8 @@ from pairdiff_core.training.seeds import seed_of
 
 History = list[dict[str, float]]  # one entry every LOG_EVERY steps: "step", and the mean of each logged number
 LOG_EVERY = 20  # steps
+LINE_MINUTES = 10.0  # where no bar is shown, a line is logged this often, and at each tenth of the steps
+log = logging.getLogger(__name__)
 
 
 class TrainingSettings(Protocol):
@@ -76,6 +80,7 @@ def fit(
         desc=description, initial=state["step"], total=settings.steps, leave=False, mininterval=1.0,
         disable=True if distributed.rank() else None,  # None: shown in a terminal or a notebook only
     )  # fmt: skip
+    last_line = time.monotonic()
     with bar, torch.random.fork_rng(), _right_gradients(model):
         for batch in loader:
             step = state["step"]
@@ -95,6 +100,10 @@ def fit(
                 _log(state, description)
                 bar.set_postfix({name: state["history"][-1][name] for name in terms})
             bar.update()
+            tenth = 10 * state["step"] // settings.steps > 10 * step // settings.steps
+            if bar.disable and not distributed.rank() and (tenth or time.monotonic() - last_line > 60 * LINE_MINUTES):
+                log.info("%s: step %d of %d", description, state["step"], settings.steps)
+                last_line = time.monotonic()
             if progress and state["step"] < settings.steps:
                 _save(fabric, progress, state, description)
     if decay:
