@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from pairdiff_core.apps.apply import apply
 from pairdiff_core.apps.evaluate import evaluate
 from pairdiff_core.apps.register import register
 from pairdiff_core.apps.run import run
@@ -77,7 +78,7 @@ def fetch(
     typer.echo(f"{dataset} is in {folder}; to use it: export PAIRDIFF_DATA={to.absolute()}")
 
 
-for command in (run, register, evaluate):  # each in a file of its own
+for command in (run, register, apply, evaluate):  # each in a file of its own
     app.command()(command)
 
 

@@ -161,7 +161,9 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
         notes.append(f"{paths[1]} was resampled onto the grid of {paths[0]} by nearest neighbour.")
     elif not np.allclose(to_moving, np.eye(4)):
         axes = ["".join(nib.aff2axcodes(grid.affine)) for grid in grids]
-        notes.append(f"{paths[1]} was turned from axes {axes[1]} to {axes[0]}, those of {paths[0]}; so are the outputs.")
+        notes.append(
+            f"{paths[1]} was turned from axes {axes[1]} to {axes[0]}, those of {paths[0]}; so are the outputs."
+        )
     values = np.union1d([0], np.union1d(fixed_labels, moving_labels))
     both = f"{paths[0]} and {paths[1]} hold"
     if len(values) > MAX_LABELS:

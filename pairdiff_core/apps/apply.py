@@ -1,0 +1,58 @@
+"""``pairdiff apply``: a displacement field on an image, on labels, or on landmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pairdiff_core.apps.options import SUFFIXES, Overwrite, Quiet, refuse
+from pairdiff_core.apps.outputs import check_outputs
+
+
+def apply(
+    field: Annotated[Path, typer.Argument(help="Displacement field, fixed to moving, such as register writes.")],
+    moving: Annotated[Path, typer.Argument(help="Image or labels to warp; or landmarks to move (CSV: x, y, z).")],
+    out: Annotated[Path, typer.Option(help="File to write, .nii.gz or .nii; .csv for landmarks.")],
+    interpolation: Annotated[
+        Literal["linear", "nearest"] | None, typer.Option(help="Default: nearest for integer types, else linear.")
+    ] = None,
+    onto: Annotated[Path | None, typer.Option(help="Image whose grid the result gets; default: the field's.")] = None,
+    voxels: Annotated[bool, typer.Option("--voxels", help="Landmarks are voxels of the field's grid, not mm.")] = False,
+    form: Annotated[
+        Literal["itk", "l2r"] | None, typer.Option("--format", help="Of the field; default: by its shape.")
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Apply a displacement field to an image, to labels, or to landmarks.
+
+    Images and labels go from moving to fixed: the result at x of the fixed grid is moving(x + u(x)), and 0 where that
+    lies outside the moving image. Landmarks go the other way, from fixed to moving: a landmark p of the fixed image
+    becomes p + u(p), the same place in the moving image. They are in mm (RAS, as NIfTI's world) or, with --voxels, in
+    voxels of the field's grid.
+
+    \b
+    Example:
+      pairdiff apply field.nii.gz scan.nii.gz --out warped.nii.gz
+      pairdiff apply field.nii.gz fixed_points.csv --out points_in_moving.csv
+    """
+    landmarks = moving.suffix.lower() == ".csv"
+    if landmarks:
+        refuse("is for images, not for landmarks", interpolation=interpolation, onto=onto)
+    else:
+        refuse("is for landmarks (.csv)", voxels=voxels)
+    inputs = [path for path in (field, moving, onto) if path]
+    check_outputs({"--out": out}, inputs, overwrite, (".csv",) if landmarks else SUFFIXES)
+
+    from pairdiff_core.apps.field_files import move_landmarks, read_field, warp_image
+
+    given = read_field(field, form)
+    if landmarks:
+        line, notes = move_landmarks(given, moving, out, voxels)
+    else:
+        line, notes = warp_image(given, moving, out, interpolation, onto)
+    for note in notes if not quiet else ():
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(line)

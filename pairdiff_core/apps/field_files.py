@@ -1,0 +1,181 @@
+"""Displacement fields from files, and what they do to images and to landmarks."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pairdiff_core.apps.grids import Grid, same_place, sample
+from pairdiff_core.apps.volume_files import one_volume, write_nifti
+from pairdiff_core.data.image_files import read_image
+from pairdiff_core.errors import DataError
+from pairdiff_core.storage import write_file
+
+DECIMALS = 4  # of landmarks
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """A displacement from fixed to moving on the grid of its file."""
+
+    displacement: np.ndarray  # (3, X, Y, Z), in voxels of the grid
+    grid: Grid
+    world: np.ndarray  # (4, 4), voxel to world, mm, RAS, that the field is meant for
+    form: str  # "itk" or "l2r"
+    path: Path
+
+    def onto(self, other: Grid, path: Path) -> np.ndarray:
+        """The matrix (4, 4) from voxels of the field to voxels of an image.
+
+        Millimetres lead to where SimpleITK sees the image; voxels count on the image's own grid, if it is that of the
+        field but for the order and direction of its axes.
+        """
+        same = same_place(self.grid, other) if self.form == "l2r" else None
+        if same is not None:
+            return same
+        flat = self.form == "itk" and not np.array_equal(self.world, self.grid.world)
+        if flat and other.shape[2] > 1:
+            raise DataError(f"{self.path} is a field of two dimensions, but {path} is a volume. Give a slice.")
+        return (
+            np.linalg.inv(other.field_world if flat or other.shape[2] == 1 == self.grid.shape[2] else other.world)
+            @ self.world
+        )
+
+
+def read_field(path: str | Path, form: str | None = None) -> Field:
+    """A displacement field in the forms of :func:`pairdiff_core.apps.volume_files.write_field`, and as ANTs writes it.
+
+    Args:
+        form: "itk" or "l2r"; None: "itk" for vectors along the fifth axis, "l2r" for ones along the fourth.
+
+    Raises:
+        DataError: if it is no displacement field, or holds anything but finite numbers; the message names the file.
+    """
+    path = Path(path)
+    values, image = read_image(path)
+    if values.ndim == 5 and values.shape[3] == 1:
+        vectors, found = values[:, :, :, 0], "itk"
+    else:
+        vectors, found = values, "l2r"
+    dims = vectors.shape[-1]
+    if vectors.ndim != 4 or dims not in (2, 3) or (dims == 2 and vectors.shape[2] != 1) or not vectors.size:
+        raise DataError(
+            f"{path} has shape {values.shape}: no displacement field, which has (X, Y, Z, 1, 3), (X, Y, 1, 1, 2) or "
+            "(X, Y, Z, 3)."
+        )
+    if not np.isfinite(vectors).all():
+        raise DataError(f"{path} holds NaN or infinite values. Make the field again.")
+    grid, form = Grid.of(image), form or found
+    world = grid.field_world if dims == 2 else grid.world
+    displacement = np.zeros((3, *grid.shape), np.float32)
+    displacement[:dims] = np.moveaxis(vectors, -1, 0)
+    if form == "itk":  # millimetres along LPS -> RAS -> voxels
+        displacement[:2] *= -1
+        to_voxels = np.linalg.inv(world)[:dims, :dims].astype(np.float32)
+        displacement[:dims] = np.tensordot(to_voxels, displacement[:dims], axes=1)
+    return Field(displacement, grid, world, form, path)
+
+
+def warp_image(
+    field: Field, moving: Path, out: Path, interpolation: str | None = None, onto: Path | None = None
+) -> tuple[str, list[str]]:
+    """Write the moving image at x + u(x), on the grid of the field or of the image ``onto``, and say what was done.
+
+    What lies outside the moving image is 0; outside the field, u is 0; both as in ITK.
+
+    Args:
+        interpolation: "nearest" or "linear"; None: nearest for integer types, that is labels, else linear.
+
+    Returns:
+        A line about the result, and notes.
+    """
+    values, image = read_image(moving)
+    values, grid = one_volume(values, moving), Grid.of(image)
+    interpolation = interpolation or ("nearest" if values.dtype.kind in "iub" else "linear")
+    if interpolation == "linear":
+        values = values.astype(np.result_type(values.dtype, np.float32))
+    target, shape, displacement, before = field.grid, field.grid.shape, field.displacement, None
+    notes = [note for each, path in ((field.grid, field.path), (grid, moving)) if (note := each.note(path))]
+    if onto is not None:
+        other, reference = read_image(onto)
+        other = one_volume(other, onto)
+        target, shape = Grid.of(reference), other.shape
+        before = np.linalg.inv(field.onto(target, onto))
+        displacement = np.stack(
+            [sample(part, np.broadcast_to(np.float32(0), (3, *target.shape)), before, order=1) for part in displacement]
+        )
+    elif values.ndim == 2:
+        shape = shape[:2]
+    volume = values.reshape(grid.shape)
+    warped = sample(volume, displacement, before, field.onto(grid, moving), int(interpolation == "linear"))
+    write_nifti(out, warped.reshape(shape), target.affine, header=target.header)
+    if not warped.any():
+        notes.append("the result is empty: the field leads out of the moving image everywhere.")
+    return f"{out}: {' x '.join(map(str, shape))} voxels, {interpolation}", notes
+
+
+def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) -> tuple[str, list[str]]:
+    """Write the landmarks of the fixed image, moved by the field to where they lie in the moving image.
+
+    Args:
+        points: CSV with columns x, y, z among others, or with these three alone and no names: mm, RAS, as NIfTI's
+            world; z may be missing where the field is of one slice.
+        voxels: whether they are voxel indices on the field's grid, and so is the result, instead of mm.
+    """
+    rows, columns = _read_points(points)
+    table = np.array([[float(row[column]) for column in columns] for row in rows], np.float64)
+    given = table.shape[1]
+    places = np.column_stack([table, np.zeros((len(table), 3 - given)), np.ones(len(table))]).T  # (4, K)
+    index = places if voxels else np.linalg.inv(field.world) @ places
+    at = index[:3].reshape(3, -1, 1, 1)
+    still = np.eye(4) * [0, 0, 0, 1]  # places are all in the displacement
+    moves = np.stack([sample(part, at, before=still, order=1) for part in field.displacement]).reshape(3, -1)
+    moved = index.copy()
+    moved[:3] += moves
+    moved = moved if voxels else field.world @ moved
+    outside = int(((at < -0.5) | (at > np.reshape(field.grid.shape, (3, 1, 1, 1)) - 0.5)).any(axis=0).sum())
+    for row, place in zip(rows, moved[:given].T, strict=True):
+        for column, value in zip(columns, place, strict=True):
+            row[column] = f"{value:.{DECIMALS}f}"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([*_names(points), *rows])
+    write_file(out, text.getvalue().encode())
+    notes = [note] if not voxels and (note := field.grid.note(field.path)) else []
+    if outside:
+        notes.append(f"{outside} of {len(rows)} landmarks lie outside the field and stay where they are.")
+    return f"{out}: {len(rows)} landmarks, {'voxels' if voxels else 'mm'}", notes
+
+
+def _names(path: Path) -> list[list[str]]:
+    """The row of column names of a CSV file, if it has one."""
+    first = next(csv.reader(path.read_text("utf-8-sig").splitlines()), [])
+    return [] if _all_numbers(first) else [first]
+
+
+def _all_numbers(row: list[str]) -> bool:
+    try:
+        return bool([float(cell) for cell in row])
+    except ValueError:
+        return False
+
+
+def _read_points(path: Path) -> tuple[list[list[str]], list[int]]:
+    """The rows of a CSV file without its names, and which columns are x, y and, if there is one, z."""
+    try:
+        names = [name.strip().lower() for name in (_names(path) or [[]])[0]]
+        rows = [row for row in csv.reader(path.read_text("utf-8-sig").splitlines()) if row][bool(names) :]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is missing or no text ({error}). Give CSV with columns x, y, z.") from error
+    wanted = [axis for axis in "xyz" if axis in names] if names else "xyz"[: len(rows[0])] if rows else ""
+    if not rows or (names and not {"x", "y"} <= set(names)) or not {"x", "y"} <= set(wanted):
+        raise DataError(f"{path} has no landmarks: give CSV with columns x, y, z, a landmark a line.")
+    columns = [names.index(axis) if names else "xyz".index(axis) for axis in wanted]
+    for number, row in enumerate(rows, start=1 + bool(names)):
+        cells = [row[column] for column in columns if column < len(row)]
+        if len(cells) < len(columns) or not _all_numbers(cells) or not np.isfinite([float(c) for c in cells]).all():
+            raise DataError(f"{path}, line {number}: {','.join(row)} is no landmark. Give numbers x, y, z.")
+    return rows, columns

@@ -1,0 +1,166 @@
+"""Where the voxels of an image lie, as nibabel and as SimpleITK read it, and how one grid lies on another.
+
+The two disagree where a NIfTI header holds two different forms or none: nibabel takes the sform first, SimpleITK
+mostly the qform, and without any form nibabel centres the image and flips its first axis, SimpleITK does neither.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
+from scipy.ndimage import map_coordinates
+
+from pairdiff_core.data.image_files import ras_affine
+
+SAME_GRID = 0.01  # voxels by which the corners of two grids may lie apart
+PLACE = (
+    "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "srow_x", "srow_y", "srow_z", "xyzt_units",
+)  # fmt: skip
+AT_ONCE = 2**21  # voxels that are sampled together, so that their places need little memory
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The grid of a volume, or of a slice as a volume of one voxel along the last axis."""
+
+    shape: tuple[int, int, int]
+    header: nib.Nifti1Header
+    affine: np.ndarray  # (4, 4), voxel to world, mm, RAS, as nibabel reads it
+
+    @classmethod
+    def of(cls, image: nib.Nifti1Image) -> Grid:
+        """That of the first three axes of an image."""
+        return cls((*image.shape, 1, 1)[:3], image.header, image.affine)
+
+    @cached_property
+    def seen_by_itk(self) -> np.ndarray | None:
+        """As :attr:`affine`, but as SimpleITK reads it; None where it refuses, as for sheared axes."""
+        return itk_affine(self.header, self.shape)
+
+    @property
+    def world(self) -> np.ndarray:
+        """As :attr:`seen_by_itk`, or else :attr:`affine`."""
+        return self.affine if self.seen_by_itk is None else self.seen_by_itk
+
+    @cached_property
+    def field_world(self) -> np.ndarray:
+        """As :attr:`world`, for a displacement field on this grid, which for (X, Y, 1) is of two dimensions."""
+        if self.shape[2] > 1:
+            return self.world
+        flat = itk_affine(self.header, self.shape[:2])
+        return self.world if flat is None else flat
+
+    def note(self, name: object) -> str | None:
+        """A line about the form that fields follow, where nibabel and SimpleITK differ; ``name`` is the file's."""
+        if self.seen_by_itk is None:
+            return f"SimpleITK refuses the header of {name}, whose axes are sheared; the field follows its sform."
+        if corners_apart(self.affine, self.world, self.shape) <= SAME_GRID:
+            return None
+        if not int(self.header["qform_code"]) and not int(self.header["sform_code"]):
+            taken = "neither qform nor sform is set; the field follows the voxel sizes along LPS axes"
+        else:
+            is_sform = np.allclose(self.world, self.header.get_sform(), atol=1e-3)
+            taken = f"qform and sform differ; the field follows the {'sform' if is_sform else 'qform'}"
+            if int(self.header["sform_code"]) and not int(self.header["qform_code"]):
+                taken = "sform and voxel sizes differ; the field follows the sform with the voxel sizes"
+        return f"{name}: {taken}, as SimpleITK reads it."
+
+
+def placed(header: nib.Nifti1Header, shape: Sequence[int], dtype: np.dtype | type = np.uint8) -> nib.Nifti1Header:
+    """A header for an array of that shape and type, with the forms, codes, zooms and unit of another."""
+    new = nib.Nifti1Header()
+    new.set_data_dtype(dtype)
+    new.set_data_shape(shape)
+    for name in PLACE:
+        new[name] = header[name]
+    new["pixdim"][:4] = header["pixdim"][:4]
+    return new
+
+
+def itk_affine(header: nib.Nifti1Header, shape: Sequence[int]) -> np.ndarray | None:
+    """Voxel-to-world matrix (4, 4), mm, RAS, as SimpleITK reads it from such a header; None if it refuses.
+
+    Asked of SimpleITK itself: which form it takes depends on both codes, on their values and on its version.
+    """
+    reader, warns = sitk.ImageFileReader(), sitk.ProcessObject.GetGlobalWarningDisplay()
+    new = placed(header, shape)
+    new["vox_offset"] = 352
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.nii"
+        path.write_bytes(new.binaryblock + bytes(4))
+        reader.SetFileName(str(path))
+        try:
+            sitk.ProcessObject.SetGlobalWarningDisplay(False)
+            reader.ReadImageInformation()
+        except RuntimeError:
+            return None
+        finally:
+            sitk.ProcessObject.SetGlobalWarningDisplay(warns)
+    return ras_affine(reader)
+
+
+def corners_apart(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
+    """The largest distance between where two affines put the corners of a grid, in voxels of the first."""
+    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*np.subtract(shape, 1), 1]  # (8, 4)
+    apart = np.linalg.inv(affine) @ (other - affine) @ corners.T  # (4, 8)
+    return float(np.linalg.norm(apart[:3], axis=0).max()) if np.isfinite(apart).all() else np.inf
+
+
+def same_place(fixed: Grid, moving: Grid) -> np.ndarray | None:
+    """The matrix (4, 4) from voxels of one grid to those of another that has the same voxels, or None.
+
+    The axes of the other may have another order and run the other way. Enough that nibabel or SimpleITK sees it so.
+    """
+    for own, other in ((fixed.affine, moving.affine), (fixed.world, moving.world)):
+        turn = ornt_transform(io_orientation(other), io_orientation(own))
+        for matrix in (np.eye(4), inv_ornt_aff(turn, moving.shape)):
+            size = tuple(np.abs(np.linalg.inv(matrix)[:3, :3]).round().astype(int) @ moving.shape)
+            if size == fixed.shape and corners_apart(own, other @ matrix, size) <= SAME_GRID:
+                return matrix
+    return None
+
+
+def sample(
+    values: np.ndarray,
+    displacement: np.ndarray,
+    before: np.ndarray | None = None,
+    after: np.ndarray | None = None,
+    order: int = 0,
+) -> np.ndarray:
+    """Values at after(before(x) + u(x)) for all voxels x; what lies outside the field of view is 0, as in ITK.
+
+    The view ends half a voxel beyond the outermost voxel centres; there, the outermost values count.
+
+    Args:
+        values: (X, Y, Z).
+        displacement: u, (3, *spatial).
+        before, after: matrices (4, 4), such as from voxels to voxels of another grid; default: as it is.
+        order: 0 for nearest neighbour, halves rounded up as in ITK; 1 for linear.
+
+    Returns:
+        (*spatial), of the type of ``values``.
+    """
+    before, after = (np.eye(4) if matrix is None else matrix for matrix in (before, after))
+    spatial = displacement.shape[1:]
+    found, last = np.empty(spatial, values.dtype), np.reshape(values.shape, (3, 1)) - 0.5
+    step = max(1, AT_ONCE // max(1, int(np.prod(spatial[1:]))))
+    for start in range(0, spatial[0], step):
+        part = slice(start, start + step)
+        voxels = np.indices(found[part].shape, dtype=np.float64).reshape(3, -1)
+        voxels[0] += start
+        places = before[:3, :3] @ voxels + before[:3, 3:] + displacement[:, part].reshape(3, -1)
+        places = after[:3, :3] @ places + after[:3, 3:]
+        inside = ((places >= -0.5) & (places <= last)).all(axis=0)
+        sampled = np.zeros(inside.shape, values.dtype)
+        sampled[inside] = map_coordinates(values, places[:, inside], order=order, mode="nearest", output=values.dtype)
+        found[part] = sampled.reshape(found[part].shape)
+    return found

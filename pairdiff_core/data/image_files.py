@@ -1,0 +1,128 @@
+"""Images from files of several formats, read whole, or refused with the file's name and what to do."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from pairdiff_core.errors import DataError
+
+GZIP_MAGIC = b"\x1f\x8b"
+OF_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+IN_TWO_FILES = (".hdr", ".img", ".hdr.gz", ".img.gz")
+READ = ".nii, .nii.gz, .hdr/.img, .mgz, .mgh, .nrrd, .nhdr, .mha and .mhd"
+UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, ValueError, OSError, EOFError, zlib.error)
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # else a line beside each error that it raises
+
+
+def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """The values of an image with its scale factors applied, and the image for its header and affine.
+
+    NIfTI-1 and NIfTI-2, Analyze and FreeSurfer's formats by nibabel, .nrrd and .mha by SimpleITK. Vectors of the
+    latter are values (X, Y, Z, 1, D) or (X, Y, 1, 1, D), as NIfTI stores them.
+
+    Raises:
+        DataError: if the file is missing, damaged or of another format, or does not hold numbers.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if name.endswith((".npy", ".npz")):
+        raise DataError(
+            f"{path} has no voxel size and no place. Save it as NIfTI, with an affine of yours: nibabel.save("
+            "nibabel.Nifti1Image(numpy.load(...), affine), 'x.nii.gz')."
+        )
+    if name.endswith(OF_SIMPLEITK):
+        image = _by_simpleitk(path)
+    elif name.endswith(IN_TWO_FILES):
+        image = _of_two_files(path)
+    else:
+        image = _of_one_file(path)
+    try:
+        values = np.asanyarray(image.dataobj)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
+    if values.dtype.kind not in "uifb":
+        raise DataError(f"{path} holds {values.dtype} values; one number a voxel is needed. Export it again.")
+    return values.astype(values.dtype.newbyteorder("="), copy=False), image
+
+
+def _of_one_file(path: Path) -> nib.Nifti1Image:
+    """NIfTI-1, NIfTI-2 or FreeSurfer's format, by what is in the file."""
+    try:
+        # whole, so that the checksum at the end is looked at: nibabel alone stops reading before it
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is missing, truncated or damaged ({error}). Fetch it again.") from error
+    kind = nib.Nifti1Image
+    if content[4:7] in (b"n+2", b"ni2"):
+        kind = nib.Nifti2Image
+    elif path.name.lower().endswith((".mgz", ".mgh")):
+        kind = nib.MGHImage
+    try:
+        image = kind.from_bytes(content)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path} is not a NIfTI image ({error}). Fetch or export it again. Readable are {READ}; convert others, "
+            "such as by SimpleITK.WriteImage(SimpleITK.ReadImage(...), 'x.nii.gz')."
+        ) from error
+    # before nibabel makes room for what a wrong header promises, which may be more than the memory has
+    needed = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+    if len(content) < needed:
+        raise DataError(f"{path} is truncated: it has {len(content)} of {needed} bytes. Fetch it again.")
+    return image if kind is not nib.MGHImage else nib.Nifti1Image(image.dataobj, image.affine)
+
+
+def _of_two_files(path: Path) -> nib.Nifti1Image:
+    """A NIfTI or Analyze image of a .hdr and an .img file, by the name of either."""
+    try:
+        image = nib.load(path)
+    except UNREADABLE as error:
+        raise DataError(f"{path} is not an image of a .hdr and an .img file ({error}). Export it again.") from error
+    if isinstance(image, nib.Nifti1Pair):
+        return image
+    plain = nib.Nifti1Image(image.dataobj, None)  # Analyze has voxel sizes, but no place: as NIfTI without forms
+    plain.header.set_zooms(image.header.get_zooms())
+    return nib.Nifti1Image(image.dataobj, None, plain.header)
+
+
+def _by_simpleitk(path: Path) -> nib.Nifti1Image:
+    """An image of two or three axes, of numbers or vectors, in LPS."""
+    import SimpleITK as sitk  # for these formats alone
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip() if path.is_file() else "there is no such file"
+        raise DataError(f"{path} cannot be read by SimpleITK ({reason}). Fetch or export it again.") from error
+    dims = image.GetDimension()
+    if dims not in (2, 3):
+        raise DataError(f"{path} has {dims} axes: no volume (X, Y, Z) or slice (X, Y). Take one volume of it.")
+    affine, values, vectors = ras_affine(image), sitk.GetArrayFromImage(image), image.GetNumberOfComponentsPerPixel()
+    if vectors > 1:
+        values = values.transpose(*reversed(range(dims)), dims)  # (Z, Y, X, C) -> (X, Y, Z, C)
+        values = values.reshape(*(*image.GetSize(), 1)[:3], 1, vectors)
+    else:
+        values = values.T
+    image = nib.Nifti1Image(values, affine, dtype=values.dtype)
+    image.set_qform(affine, code="scanner")
+    image.set_sform(affine, code="scanner")
+    return image
+
+
+def ras_affine(image: Any) -> np.ndarray:
+    """Voxel-to-world matrix (4, 4), mm, RAS, of an image, or a reader of one, of SimpleITK with two or three axes."""
+    dims, affine = len(image.GetSpacing()), np.eye(4)
+    affine[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * image.GetSpacing()
+    affine[:dims, 3] = image.GetOrigin()
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS -> RAS
