@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import typer
 
 from pairdiff_core import pipeline, registration
@@ -44,8 +45,12 @@ def note_differences(pair: VolumePair, pairs: PairSet, own: Run) -> None:
     """Say on stderr where a volume differs from what the network was trained on; it then does less well."""
     affine, spacing = _trained_grid(own)
     if not registration.sampling(pairs.spatial, pairs.spacing, own.profile, spacing).as_trained:
-        at, here = (" x ".join(f"{mm:.3g}" for mm in each) for each in (spacing, pairs.spacing))
-        typer.echo(f"note: the network was trained at {at} mm; these voxels of {here} mm do not fit that.", err=True)
+        told, unit = (spacing, pairs.spacing), "mm"
+        if np.allclose(*told, rtol=0.05):  # then it is the size that does not fit
+            told, unit = (own.profile.spatial, pairs.spatial), "voxels"
+        at, here = (" x ".join(f"{number:.3g}" for number in each) for each in told)
+        what = f"these voxels of {here} mm do" if unit == "mm" else f"this image of {here} voxels does"
+        typer.echo(f"note: the network was trained at {at} {unit}; {what} not fit that.", err=True)
     axes, expected = ("".join(nib.aff2axcodes(each)) for each in (pair.affine, affine))
     if pairs.spatial_dims == 3 and axes != expected:
         typer.echo(f"note: the network was trained on axes that run to {expected}, these run to {axes}.", err=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pairdiff_core.apps.grids import SAME_GRID, Grid, corners_apart, placed, same_place, sample
-from pairdiff_core.data.nifti import read_label_image
+from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.fields import to_itk, to_learn2reg
 from pairdiff_core.metrics import mean_dice

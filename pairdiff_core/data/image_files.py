@@ -56,6 +56,35 @@ def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     return values.astype(values.dtype.newbyteorder("="), copy=False), image
 
 
+def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """As :func:`read_image`, for an image that holds whole numbers.
+
+    Where a scale factor in the header keeps the stored integers from meeting them, they are rounded: to whole numbers
+    within half a step of the scale.
+
+    Raises:
+        DataError: as there, or if the image holds anything but whole numbers.
+    """
+    values, image = read_image(path)
+    step = abs(getattr(image.dataobj, "slope", 1.0))
+    whole, scaled = np.round(values), values.dtype.kind == "f" and image.get_data_dtype().kind in "iu"
+    if scaled and 0 < step < 1:  # with larger steps, whole numbers between them are lost
+        values = np.where(np.abs(whole - values) <= step / 2, whole, values)
+    broken = ~np.isfinite(values) | (whole != values)
+    if broken.any():
+        example = f"{path} holds values that are no whole numbers, such as {values[broken][0]:.9g}"
+        if scaled:
+            raise DataError(
+                f"{example}: its header multiplies what is stored by the scale factor {step:.6g}. Save it again as "
+                "integers without a scale factor."
+            )
+        raise DataError(
+            f"{example}: NaN or infinite values, an intensity image, or labels that were interpolated. Resample labels "
+            "by nearest neighbour."
+        )
+    return values, image
+
+
 def _of_one_file(path: Path) -> nib.Nifti1Image:
     """NIfTI-1, NIfTI-2 or FreeSurfer's format, by what is in the file."""
     try:
