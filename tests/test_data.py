@@ -62,7 +62,7 @@ def test_the_official_test_cases_of_the_lungs(lung_folder: Path) -> None:
 
 @pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "lung250m"])
 def test_only_lung250m_has_a_test_split_and_cases(dataset: str) -> None:
-    with pytest.raises(DataError, match=f"{dataset}.*held-out subjects are the split 'validation'"):
+    with pytest.raises(DataError, match=f"{dataset} has no split 'test'; take one of train, validation$"):
         load_pairs(dataset, "test", SMALL)
     with pytest.raises(DataError, match=f"{dataset} has no cases.*lung250m"):
         load_pairs(dataset, "train", SMALL, cases=["1"])
@@ -152,6 +152,6 @@ def test_unknown_names() -> None:
     with pytest.raises(DataError, match="phantom2d, oasis2d"):
         load_pairs("phantom", "train", SMALL)
     with pytest.raises(DataError, match="train, validation, test"):
-        load_pairs("phantom2d", "official_test", SMALL)
-    with pytest.raises(DataError, match="4 spatial axes"):
-        default_dataset(4)
+        load_pairs("lung250m", "official_test", LUNGS)
+    with pytest.raises(DataError, match="phantom2d has 5 or 25 labels .* not 7"):
+        load_pairs("phantom2d", "train", replace(SMALL, num_labels=7))

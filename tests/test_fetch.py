@@ -143,7 +143,6 @@ def test_the_archive_may_hold_a_folder_or_not(offer, tmp_path: Path, top: str) -
         member("one/../../evil"),
         member("link", tarfile.SYMTYPE, "../.."),
         member("link", tarfile.SYMTYPE, "/"),
-        member("link", tarfile.SYMTYPE, "subjects.txt"),
         member("link", tarfile.LNKTYPE, "../../evil"),
         member("pipe", tarfile.FIFOTYPE),
         member("device", tarfile.CHRTYPE),

@@ -23,11 +23,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refuses(folder: Path, *parts: str, num_labels: int = 5) -> None:
+def refuses(folder: Path, *parts: str) -> None:
     """Loading fails with one DataError that names all ``parts``, and leaves the folder as it was."""
     before = contents(folder)
     with pytest.raises(DataError) as error:
-        load_subjects(folder, num_labels)
+        load_subjects(folder, 5)
     for part in parts:
         assert part in str(error.value)
     assert contents(folder) == before
@@ -41,7 +41,7 @@ def test_load_subjects(best_oasis_folder: Path, num_labels: int) -> None:
     names = oasis.read_subjects(best_oasis_folder)[:6]
     slices = load_subjects(best_oasis_folder, num_labels, names=names)
     assert slices.labels.dtype == torch.uint8
-    assert slices.labels.shape[0] == len(slices.subjects) == len(slices.slices) == 6
+    assert slices.labels.shape[0] == 6 and slices.names == names
     assert len(slices.label_names) == len(slices.label_colours) == num_labels
     assert 0 < slices.labels.max() < num_labels
     assert all((labels > 0).float().mean() > 0.1 for labels in slices.labels)
@@ -117,7 +117,7 @@ def test_pairs_are_two_subjects_at_one_slice(best_oasis_folder: Path) -> None:
 
 def test_pairs_hold_the_images_they_are_named_after(oasis_folder: Path) -> None:
     slices = load_subjects(oasis_folder, 5)
-    place = {f"{who}_{where}": n for n, (who, where) in enumerate(zip(slices.subjects, slices.slices, strict=True))}
+    place = {name: number for number, name in enumerate(slices.names)}
     pairs = oasis.make_pairs(slices)
     assert len(pairs) == 5 * 4 * 2
     for labels, name in zip(pairs.labels, pairs.names, strict=True):
@@ -168,9 +168,6 @@ def test_find_oasis(oasis_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_folder_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_data_set: None) -> None:
     missing = tmp_path / "nowhere"
-    for load in (lambda: load_subjects(missing, 5), lambda: load_oasis_pairs(missing, "train")):
-        with pytest.raises(DataError, match="nowhere is not a folder"):
-            load()
     monkeypatch.setenv("PAIRDIFF_DATA", str(missing))
     with pytest.raises(DataError, match="nowhere.*PAIRDIFF_DATA.*pairdiff fetch oasis2d"):
         oasis.find_oasis()
@@ -212,7 +209,7 @@ def test_damaged_gzip(oasis_folder: Path) -> None:
 
 def test_a_shape_unlike_the_others(oasis_folder: Path) -> None:
     write_slice(oasis_folder / SEGMENTATION, np.ones((64, 96), np.uint8))
-    refuses(oasis_folder, str(SEGMENTATION), "(64, 96)", "(80, 96)", "resample")
+    refuses(oasis_folder, str(SEGMENTATION), "(64, 96)", "(80, 96)", "Resample")
 
 
 def test_a_volume_instead_of_a_slice(oasis_folder: Path) -> None:
@@ -251,28 +248,19 @@ def test_an_unknown_label(oasis_folder: Path, label: int) -> None:
 
 def test_a_subject_without_its_segmentation(oasis_folder: Path) -> None:
     (oasis_folder / SEGMENTATION).unlink()
-    refuses(oasis_folder, str(SEGMENTATION), "missing", "subjects.txt")
-
-
-def test_a_subject_without_its_folder(oasis_folder: Path) -> None:
-    shutil.rmtree(oasis_folder / "BRAIN_02_S00")
-    refuses(oasis_folder, "subjects.txt", "BRAIN_02_S00")
-
-
-@pytest.mark.parametrize("text", ["", "\n \n"])
-def test_an_empty_subject_list(oasis_folder: Path, text: str) -> None:
-    (oasis_folder / "subjects.txt").write_text(text)
-    refuses(oasis_folder, "subjects.txt", "empty")
+    refuses(oasis_folder, str(SEGMENTATION), "missing")
+    shutil.rmtree(oasis_folder / SEGMENTATION.parent)
+    refuses(oasis_folder, str(SEGMENTATION), "missing")
 
 
 def test_no_subject_list(oasis_folder: Path) -> None:
     (oasis_folder / "subjects.txt").unlink()
-    refuses(oasis_folder, "subjects.txt", "missing")
+    refuses(oasis_folder, "subjects.txt", "must list the slice folders", "No such file")
 
 
 def test_a_subject_list_that_is_no_text(oasis_folder: Path) -> None:
     (oasis_folder / "subjects.txt").write_bytes(b"\xff\xfe\x00BRAIN")
-    refuses(oasis_folder, "subjects.txt", "not a text file")
+    refuses(oasis_folder, "subjects.txt", "must list the slice folders", "decode")
 
 
 def test_a_label_table_with_too_few_labels(oasis_folder: Path) -> None:
@@ -303,16 +291,15 @@ def test_a_label_table_that_cannot_be_read(oasis_folder: Path, row: str) -> None
 
 def test_no_label_table(oasis_folder: Path) -> None:
     (oasis_folder / "seg4_labels.txt").unlink()
-    refuses(oasis_folder, "seg4_labels.txt", "missing")
-
-
-def test_a_number_of_labels_that_does_not_exist(oasis_folder: Path) -> None:
-    refuses(oasis_folder, "5 or 25", num_labels=4)
+    refuses(oasis_folder, "seg4_labels.txt", "id name R G B A", "not found")
 
 
 def test_too_few_subjects_for_two_splits(tmp_path: Path) -> None:
     folder = write_oasis_folder(tmp_path / "few", subjects=3, slices=("S00",))
-    with pytest.raises(DataError, match="at least 4"):
+    with pytest.raises(DataError, match="names 3 subjects.*at least 4"):
+        load_oasis_pairs(folder, "train")
+    (folder / "subjects.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="names 0 subjects.*at least 4"):
         load_oasis_pairs(folder, "train")
 
 
@@ -320,8 +307,3 @@ def test_subjects_that_share_no_slice(oasis_folder: Path) -> None:
     names = ["BRAIN_01_S00", "BRAIN_02_S02"]
     with pytest.raises(DataError, match="share a slice"):
         oasis.make_pairs(load_subjects(oasis_folder, 5, names=names))
-
-
-def test_the_slices_have_no_test_split(oasis_folder: Path) -> None:
-    with pytest.raises(DataError, match="'test'.*held-out subjects.*'validation'"):
-        load_oasis_pairs(oasis_folder, "test")

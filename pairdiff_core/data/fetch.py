@@ -65,23 +65,16 @@ def fetch_oasis2d(to: str | Path, *, progress: bool = True) -> Path:
     shutil.rmtree(part, ignore_errors=True)  # what an interrupted call left
     try:
         with tarfile.open(archive, "r:") as tar:  # not compressed
-            tar.extractall(part, filter=_plain_member)
-        root = next((inside for inside in (part, *part.iterdir()) if (inside / SUBJECTS).is_file()), None)
-        if root is None:
+            tar.extractall(part, filter="data")  # refuses what would lie outside, and devices
+        listed = next(part.rglob(SUBJECTS), None)
+        if listed is None:
             raise tarfile.TarError(f"it holds no {SUBJECTS}")
-        root.rename(folder)
+        listed.parent.rename(folder)
     except (tarfile.TarError, OSError) as error:
         raise FetchError(f"{archive} was not unpacked ({error}). Delete it and fetch it again.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
-
-
-def _plain_member(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """The "data" filter of tarfile, which refuses paths that lead out of the folder, without any links or devices."""
-    if not (member.isfile() or member.isdir()):
-        raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, folder)
 
 
 def fetch_lung250m(to: str | Path, *, progress: bool = True) -> Path:

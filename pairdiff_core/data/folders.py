@@ -1,12 +1,17 @@
-"""Where the folder of a real data set is: the caller or an environment variable names it, or a folder around it."""
+"""Where the folder of a real data set is, and a choice of its pairs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from pairdiff_core.errors import DataError
+
+Item = TypeVar("Item")
 
 
 def find_folder(
@@ -31,3 +36,11 @@ def find_folder(
             return candidate
     held, inside = ", ".join(contents), "/ or ".join(names)
     raise DataError(f"{folder} (from {origin}) holds none of {held}, nor does {inside}/ in it. {how_to}")
+
+
+def random_choice(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:
+    """At most ``number`` of the items, chosen at random by a seed, in their order; None takes all."""
+    if number is None or len(items) <= number:
+        return list(items)
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[index] for index in sorted(order[:number].tolist())]

@@ -1,6 +1,6 @@
 """Lung vessels in the layouts of Lung250M-4B: pairs of one person's lungs, breathed in and breathed out.
 
-One folder holds either layout, or both:
+One folder holds either layout, or both, with any number of cases:
 
 - the published, dilated vessels (github.com/multimodallearning/UnleashingRegistration): ``dilated_vessels_10/`` (or
   ``dilated_vessels/``, all of them) for training and ``dilated_vessels_ts/`` for validation and test, with
@@ -9,16 +9,14 @@ One folder holds either layout, or both:
   has it, ``NNN_1.nii.gz``; dilated here by one voxel (the maximum over 3 x 3 x 3), as the published ones were. Assumed:
   the same voxel grids, and 0 is background. Source: github.com/multimodallearning/Lung250M-4B, "Dataset structure".
 
-In both, labels 1 and 2 are the two vessel trees; the method keeps ``> 0``. ``segTr/`` goes before ``dilated_vessels/``
-before ``dilated_vessels_10/``, so that the full data set gives all 97 training pairs; ``dilated_vessels_ts/`` goes
-before ``segTs/``. Any number of cases may be there.
+In both, labels 1 and 2 are the two vessel trees; the method keeps ``> 0``.
 
 Every volume is padded or cropped to one frame of 256 x 208 x 256 voxels. Axis 0 runs to the patient's left, axis 1 to
 the back, axis 2 upwards, in all cases. The headers of cases 114 to 123 say otherwise although their voxels lie on the
-same grid, so grids are compared, never affines. :func:`case_affine` gives a case's header affine in the frame.
+same grid, so grids are compared, never affines.
 
 A voxel counts as 1 mm, as in the published errors. The headers say 0.997 to 1.002 mm, so a target registration error
-in mm is off by 0.3 % at most (0.04 mm of 13.9 mm); a header more than 1 % off is refused.
+in mm is off by 0.3 % at most; a header more than 1 % off is refused.
 """
 
 from __future__ import annotations
@@ -31,16 +29,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pairdiff_core.data.folders import find_folder
-from pairdiff_core.data.lung_frame import FRAME, LABELS, frame_offset, pooling_factor, to_frame
+from pairdiff_core import fields
+from pairdiff_core.data.folders import find_folder, random_choice
+from pairdiff_core.data.lung_frame import FRAME, frame_offset, lung_pair_set, pooling_factor, to_frame
 from pairdiff_core.data.nifti import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
 
 LUNG_FOLDER = "lung250m"
+TRAIN_FOLDERS = ("segTr", "dilated_vessels", "dilated_vessels_10")  # of several the first, which has most cases
 HELD_OUT_FOLDERS = ("dilated_vessels_ts", "segTs")
-TRAIN_FOLDERS = ("segTr", "dilated_vessels", "dilated_vessels_10")
-FOLDERS = {"train": TRAIN_FOLDERS, "validation": HELD_OUT_FOLDERS, "test": HELD_OUT_FOLDERS}  # the first that is there
+FOLDERS = {"train": TRAIN_FOLDERS, "validation": HELD_OUT_FOLDERS, "test": HELD_OUT_FOLDERS}
 RAW_FOLDERS = ("segTr", "segTs")  # not dilated yet
 VALIDATION_LANDMARKS = "lms_validation_cropped.pth"
 CORRESPONDENCES = "corrfieldTr"
@@ -61,7 +60,7 @@ def find_lung250m(data: str | Path | None = None) -> Path:
     return find_folder(data, ("PAIRDIFF_DATA",), (LUNG_FOLDER,), (*TRAIN_FOLDERS, *HELD_OUT_FOLDERS), how_to)
 
 
-def case_files(folder: str | Path, split: str) -> dict[str, tuple[Path, Path]]:
+def case_files(folder: Path, split: str) -> dict[str, tuple[Path, Path]]:
     """The (fixed, moving) files of each case of a split, by its name ``case_NNN``, in sorted order.
 
     Args:
@@ -70,11 +69,10 @@ def case_files(folder: str | Path, split: str) -> dict[str, tuple[Path, Path]]:
             "test", just those ten. The public download has them; they are for a final comparison, not for choices.
 
     Raises:
-        DataError: if there is no such split, no case of it, or a case has only one of its two files.
+        DataError: if there is no case of the split, or a case has only one of its two files.
+        KeyError: for another split.
     """
-    if split not in FOLDERS:
-        raise DataError(f"there is no split {split!r}; take one of {', '.join(FOLDERS)}")
-    found = _files(Path(folder).expanduser(), split)
+    found = _files(folder, split)
     cases = [case for case in found if split == "train" or (case in OFFICIAL_TEST) == (split == "test")]
     if not cases:
         only = ", only official test cases: the split 'test'" if found and split == "validation" else ""
@@ -86,31 +84,27 @@ def case_files(folder: str | Path, split: str) -> dict[str, tuple[Path, Path]]:
 def _files(folder: Path, split: str) -> dict[str, tuple[Path, Path]]:
     """The files of all cases in the folder of a split, whichever of the held-out cases the split takes."""
     inside = next((folder / name for name in FOLDERS[split] if (folder / name).is_dir()), None)
-    if inside is None:
-        return {}
     found: dict[str, dict[str, Path]] = {}
-    for path in sorted(inside.iterdir()):
+    for path in inside.iterdir() if inside else ():
         match = re.fullmatch(r"(?:case_)?(\d{3})_([12])\.nii(?:\.gz)?", path.name)  # not ._case_..., of macOS
         if match:
             found.setdefault(f"case_{match[1]}", {})[match[2]] = path
     for case, pair in found.items():
         if len(pair) == 1:
-            (number, path), partner = next(iter(pair.items())), {"1": "2 (moving)", "2": "1 (fixed)"}
-            raise DataError(f"{path} has no partner _{partner[number]}. Add it, or take {case} out.")
+            raise DataError(f"{inside} holds only the image _{min(pair)} of {case}. Add the other, or take it out.")
     return {case: (found[case]["1"], found[case]["2"]) for case in sorted(found)}
 
 
-def read_vessels(path: str | Path, case: str) -> torch.Tensor:
+def read_vessels(path: Path, case: str) -> torch.Tensor:
     """One vessel mask, uint8 (H, W, D) of 0 and 1, dilated if the file is not; the last axis of case_035 is cut.
 
     Raises:
         DataError: if the file is no readable NIfTI of labels, is no volume, or has voxels that are not of 1 mm.
     """
-    path = Path(path)
     values, image = read_label_image(path)
     if values.ndim != 3:
         raise DataError(f"{path} has shape {values.shape}; expected one volume, (H, W, D).")
-    spacing = [float(mm) for mm in image.header.get_zooms()]
+    spacing = image.header.get_zooms()
     if any(abs(mm - 1) > SPACING_TOLERANCE for mm in spacing):
         millimetres = " x ".join(f"{mm:g}" for mm in spacing)
         raise DataError(f"{path} has voxels of {millimetres} mm. Resample it to 1 mm by nearest neighbour.")
@@ -122,35 +116,14 @@ def read_vessels(path: str | Path, case: str) -> torch.Tensor:
     return mask[:, :, : LONGEST_LAST_AXIS.get(case)]
 
 
-def case_affine(folder: str | Path, case: str, spatial: Sequence[int] = FRAME) -> np.ndarray:
-    """Voxel-to-world matrix (4, 4) in mm, RAS, of a case ("case_032") on a grid of the common frame.
-
-    It is the header of the fixed image, moved by the crop and scaled by the pooling: an image saved with it overlays
-    the original file in a viewer. The headers of cases 114 to 123 confuse left with right and front with back.
-
-    Raises:
-        DataError: for a case that is not there, or a grid that is not one of the frame's.
-    """
-    folder, factor = Path(folder).expanduser(), pooling_factor(spatial)
-    files = _files(folder, "train") | _files(folder, "validation")
-    if case not in files:
-        raise DataError(f"{folder} holds no {case}; there are {', '.join(files) or 'no cases'}.")
-    values, image = read_label_image(files[case][0])
-    shape = values[:, :, : LONGEST_LAST_AXIS.get(case)].shape
-    to_volume = np.diag([float(factor)] * 3 + [1.0])  # from voxels of the grid to voxels of the file
-    to_volume[:3, 3] = (factor - 1) / 2 - np.array(frame_offset(shape))
-    return image.affine @ to_volume
-
-
-def read_correspondences(path: str | Path, offset: Sequence[int]) -> torch.Tensor:
+def read_correspondences(path: Path, offset: Sequence[int]) -> torch.Tensor:
     """Automatic correspondences of a training pair, float (K, 2, 3), in voxels of the common frame.
 
-    They were computed from the CTs, not from the vessels. Those with a point outside the frame are left out: there
-    is no vessel to find them by.
+    They were computed from the CTs, not from the vessels. Those with a point outside the frame are left out.
 
     Args:
         path: lines of ``fixed x, y, z, moving x, y, z`` in voxels of the whole volume.
-        offset: of that volume, see :func:`pairdiff_core.data.lung_frame.frame_offset`.
+        offset: of that volume, see :func:`~pairdiff_core.data.lung_frame.frame_offset`.
 
     Raises:
         DataError: if the file is anything but lines of six numbers.
@@ -166,35 +139,26 @@ def read_correspondences(path: str | Path, offset: Sequence[int]) -> torch.Tenso
     return points[inside]
 
 
-def read_validation_landmarks(path: str | Path, cases: Sequence[str]) -> dict[str, torch.Tensor]:
+def read_validation_landmarks(path: Path, cases: Sequence[str]) -> dict[str, torch.Tensor]:
     """Landmarks of held-out cases, by case, float (K, 2, 3) in voxels of the common frame.
 
     The file is a list of two lists, fixed and moving, of one tensor (K, 3) a case, in the order of the sorted cases
-    but without their names. Which cases these are follows from their number: all of ``cases``; ``cases`` without the
-    ten official test cases; or ``cases`` and those ten, as in the public file, when only the volumes of the others
-    are there.
-
-    Args:
-        path: ``lms_validation_cropped.pth``.
-        cases: names of all held-out cases whose volumes are there.
+    but without their names. Which cases these are follows from their number: all of ``cases``, the held-out cases
+    whose volumes are there; or those without, or with, the ten official test cases.
 
     Raises:
         DataError: if the file is not of that form, or has landmarks of another number of cases.
     """
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")  # they were saved on a GPU
+        fixed, moving = torch.load(path, weights_only=True, map_location="cpu")  # they were saved on a GPU
+        points = [torch.stack(pair, 1).float() for pair in zip(fixed, moving, strict=True)]
+        if not all(pair.shape[1:] == (2, 3) and pair.isfinite().all() for pair in points):
+            raise ValueError("points that are no three finite numbers")
     except Exception as error:  # the unpickler raises whatever a damaged file happens to lead to
-        raise DataError(f"{path} is damaged or holds more than tensors ({error}). Fetch it again.") from error
-    try:
-        points = [torch.stack(pair, 1).float() for pair in zip(*content, strict=True)]
-        valid = len(content) == 2 and all(p.shape[1:] == (2, 3) and p.isfinite().all() for p in points)
-    except (TypeError, ValueError, IndexError, RuntimeError):
-        valid = False
-    if not valid:
         raise DataError(
-            f"{path} must be a list of two lists, fixed and moving, of one tensor (K, 3) a case, of finite numbers "
-            "and as many in both. Fetch it again."
-        )
+            f"{path} must be a list of two lists of tensors (K, 3), fixed and moving, of finite numbers, but is "
+            f"damaged or something else ({error}). Fetch it again."
+        ) from error
     present, official = set(cases), set(OFFICIAL_TEST)
     for covered in (present, present - official, present | official):
         if len(points) == len(covered):
@@ -206,7 +170,7 @@ def read_validation_landmarks(path: str | Path, cases: Sequence[str]) -> dict[st
 
 
 def load_lung250m_pairs(
-    folder: str | Path,
+    folder: Path,
     split: str,
     *,
     cases: Sequence[str] | None = None,
@@ -220,10 +184,8 @@ def load_lung250m_pairs(
         folder: one of the layouts, or both (see the module).
         split: "train", "validation" or "test", see :func:`case_files`.
         cases: only these ("case_008", "008" or "8"), in sorted order and whatever ``max_pairs`` is; without any, all.
-        spatial: the common frame, (256, 208, 256), or its half or quarter. Coarser grids by maximum, so that no vessel
-            is lost; for vessel *fractions* load the frame and average it with ``registration.pool``.
-        max_pairs: of more pairs than this a random choice is taken, in their order; None takes all.
-        seed: of that choice.
+        spatial: the common frame, (256, 208, 256), or its half or quarter, by maximum, so that no vessel is lost.
+        max_pairs: of more pairs than this a random choice by ``seed`` is taken, in their order; None takes all.
 
     Returns:
         Labels 0 and 1, 27 MB a pair at full size, named ``case_032_1~case_032_2``. Landmarks: of held-out cases those
@@ -234,24 +196,17 @@ def load_lung250m_pairs(
         DataError: for an unknown case, and for anything in the folder that is not as the layout says; the message
             names the file.
     """
-    folder, factor = Path(folder).expanduser(), pooling_factor(spatial)
-    files = case_files(folder, split)
-    chosen = list(files)
+    factor, files = pooling_factor(spatial), case_files(folder, split)
+    chosen = random_choice(list(files), max_pairs, seed)
     if cases:
         chosen = sorted({f"case_{case.removeprefix('case_').zfill(3)}" for case in cases})
-        unknown = [case for case in chosen if case not in files]
+        unknown = ", ".join(case for case in chosen if case not in files)
         if unknown:
-            there = ", ".join(files)
-            raise DataError(f"the split {split!r} of {folder} has no {', '.join(unknown)}; there are {there}")
-    elif max_pairs is not None and len(chosen) > max_pairs:
-        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
-        chosen = [chosen[index] for index in order[:max_pairs].sort().values.tolist()]
-    landmark_file, known = folder / VALIDATION_LANDMARKS, {}
-    if split != "train" and landmark_file.is_file():
-        known = read_validation_landmarks(landmark_file, list(_files(folder, split)))
-    names, colours = zip(*LABELS, strict=True)
-    labels = torch.empty((len(chosen), 2, *spatial), dtype=torch.uint8)
-    landmarks = []
+            raise DataError(f"the split {split!r} of {folder} has no {unknown}; there are {', '.join(files)}")
+    known = {}
+    if split != "train" and (folder / VALIDATION_LANDMARKS).is_file():
+        known = read_validation_landmarks(folder / VALIDATION_LANDMARKS, list(_files(folder, split)))
+    labels, landmarks = torch.empty((len(chosen), 2, *spatial), dtype=torch.uint8), []
     for index, case in enumerate(chosen):  # one at a time, pooled at once: full-size volumes add up
         fixed, moving = masks = [read_vessels(path, case) for path in files[case]]
         if fixed.shape != moving.shape:
@@ -259,21 +214,13 @@ def load_lung250m_pairs(
                 f"{files[case][1]} has shape {tuple(moving.shape)}, but {files[case][0]} has {tuple(fixed.shape)}. The "
                 "two images of a pair lie on one voxel grid: resample one of them, or take the case out."
             )
-        points, table = known.get(case, torch.empty((0, 2, 3))), folder / CORRESPONDENCES / f"{case}.csv"
-        if split == "train" and table.is_file():
-            points = read_correspondences(table, frame_offset(fixed.shape))
         framed = torch.stack([to_frame(mask) for mask in masks])  # 2 x (H, W, D) -> (2, 256, 208, 256)
         for path, mask in zip(files[case], framed, strict=True):
             if not mask.any():
                 raise DataError(f"{path} holds no vessel in the common frame. Fetch it again.")
-        pair = PairSet(framed[None], names, (1.0,) * 3, (case,), landmarks=(points,)).pooled(factor)
-        labels[index] = pair.labels[0]
-        landmarks += pair.landmarks or ()
-    return PairSet(
-        labels=labels,
-        label_names=names,
-        spacing=(float(factor),) * 3,
-        names=tuple(f"{case}_1~{case}_2" for case in chosen),
-        landmarks=tuple(landmarks) if any(len(points) for points in landmarks) else None,
-        label_colours=colours,
-    )
+        points, table = known.get(case, torch.empty((0, 2, 3))), folder / CORRESPONDENCES / f"{case}.csv"
+        if split == "train" and table.is_file():
+            points = read_correspondences(table, frame_offset(fixed.shape))
+        labels[index] = F.max_pool3d(framed, factor)
+        landmarks.append(points if factor == 1 else fields.resize_points(points, FRAME, spatial))
+    return lung_pair_set(labels, chosen, landmarks)

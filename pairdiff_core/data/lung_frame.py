@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pairdiff_core.errors import DataError
+from pairdiff_core.pairs import PairSet
 
 FRAME = (256, 208, 256)  # voxels
 CANVAS, BORDER = ((352, 256, 352), (48, 32, 48))  # the frame is cut from a centred canvas, not quite in the middle
@@ -42,3 +43,25 @@ def pooling_factor(spatial: Sequence[int]) -> int:
     if tuple(spatial) not in grids:
         raise DataError(f"the lungs come on the grids {', '.join(map(str, grids))}, not on {tuple(spatial)}")
     return grids[tuple(spatial)]
+
+
+def lung_pair_set(
+    labels: torch.Tensor,
+    subjects: Sequence[str],
+    landmarks: Sequence[torch.Tensor],
+    displacement: torch.Tensor | None = None,
+) -> PairSet:
+    """Pairs of lungs on a grid of the frame: labels uint8 (N, 2, *spatial), fixed and moving of each of N subjects.
+
+    Landmarks (K, 2, 3), one tensor a subject, and displacement (N, 3, *spatial) are in voxels of that grid.
+    """
+    names, colours = zip(*LABELS, strict=True)
+    return PairSet(
+        labels=labels,
+        label_names=names,
+        spacing=(float(pooling_factor(labels.shape[2:])),) * 3,
+        names=tuple(f"{subject}_1~{subject}_2" for subject in subjects),
+        displacement=displacement,
+        landmarks=tuple(landmarks) if any(len(points) for points in landmarks) else None,
+        label_colours=colours,
+    )

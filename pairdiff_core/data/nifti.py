@@ -20,19 +20,18 @@ GZIP_MAGIC = b"\x1f\x8b"
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # else a line beside each error that it raises
 
 
-def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+def read_label_image(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     """The values of a label image as stored, all of them whole numbers, and the image for its header and affine.
 
     Raises:
-        DataError: if the file is damaged or no NIfTI, or holds anything but whole numbers.
+        DataError: if the file is missing, damaged or no NIfTI, or holds anything but whole numbers.
     """
-    path = Path(path)
     try:
         # whole, so that the checksum at the end is looked at: nibabel alone stops reading before it
         content = path.read_bytes()
         content = gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
+        raise DataError(f"{path} is missing, truncated or damaged ({error}). Fetch it again.") from error
     try:
         image = nib.Nifti1Image.from_bytes(content)
     except (ImageFileError, HeaderDataError, WrapStructError) as error:

@@ -3,11 +3,10 @@
 The layout: ``subjects.txt`` (one folder name a line), the FreeSurfer colour tables ``seg4_labels.txt`` and
 ``seg24_labels.txt`` (``id name R G B A``), and in every folder ``slice_seg4.nii.gz`` and
 ``slice_seg24.nii.gz``. A folder ``BRAIN_03_S08`` is slice S08 of subject BRAIN_03; any other name is a
-subject with one slice. Nothing else in a folder is read; ``slice_norm.nii.gz`` may be there or not.
+subject with one slice. Nothing else is read.
 
-The header does not say whether a file stores left or right first (the affine is the identity), but the 24
-structures do. Slices come out with the patient's left at low indices of array axis 0, whichever way they are
-stored, and the crown at low indices of axis 1.
+Slices come out with the patient's left at low indices of array axis 0, whichever way they are stored, and the crown at
+low indices of axis 1. The header does not say which way that is, but the 24 structures do.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pairdiff_core.data.folders import find_folder
+from pairdiff_core.data.folders import find_folder, random_choice
 from pairdiff_core.data.nifti import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet, resize_labels
@@ -36,8 +36,7 @@ class OasisSlices:
     """Label slices of some subjects on one grid."""
 
     labels: torch.Tensor  # uint8 (S, *spatial)
-    subjects: tuple[str, ...]  # the person that each slice shows, S names
-    slices: tuple[str, ...]  # where each was cut, comparable between subjects; "" for subjects with one slice
+    names: tuple[str, ...]  # the folder of each slice, S names
     label_names: tuple[str, ...]  # index = label value
     label_colours: tuple[tuple[int, int, int], ...]  # RGB, 0 to 255
     spacing: tuple[float, ...]  # mm per voxel, per array axis
@@ -62,27 +61,17 @@ def split_name(name: str) -> tuple[str, str]:
     return match.groups() if match else (name, "")
 
 
-def read_subjects(folder: str | Path) -> tuple[str, ...]:
+def read_subjects(folder: Path) -> tuple[str, ...]:
     """The folder names in ``subjects.txt``.
 
     Raises:
-        DataError: if the list is missing, empty or not text, or names a folder that is not there.
+        DataError: if the list is missing or not text.
     """
-    path = Path(folder).expanduser() / SUBJECTS
-    if not path.parent.is_dir():
-        raise DataError(f"{path.parent} is not a folder. Give the folder that holds {SUBJECTS}.")
-    if not path.is_file():
-        raise DataError(f"{path} is missing. It lists the slice folders, one name a line.")
+    path = folder / SUBJECTS
     try:
-        names = tuple(dict.fromkeys(path.read_text(encoding="utf-8").split()))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file ({error}). Fetch the data again.") from error
-    if not names:
-        raise DataError(f"{path} is empty. List the slice folders in it, or fetch the data again.")
-    for name in names:
-        if not (path.parent / name).is_dir():
-            raise DataError(f"{path} lists {name}, but no such folder is beside it. Remove the line or add it.")
-    return names
+        return tuple(dict.fromkeys(path.read_text(encoding="utf-8").split()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} must list the slice folders, one name a line, but {error}.") from error
 
 
 def split_subjects(names: Sequence[str], split: str) -> tuple[str, ...]:
@@ -93,57 +82,48 @@ def split_subjects(names: Sequence[str], split: str) -> tuple[str, ...]:
 
     Raises:
         DataError: if there are fewer than four subjects, too few for pairs in both splits.
+        KeyError: for another split.
     """
-    if split not in ("train", "validation"):
-        raise DataError(f"the slices have no split {split!r}; the held-out subjects are the split 'validation'")
     subjects = sorted({split_name(name)[0] for name in names})
     if len(subjects) < 4:
         raise DataError(f"{SUBJECTS} names {len(subjects)} subjects; pairs in both splits need at least 4.")
     held_out = max(2, round(VALIDATION_SHARE * len(subjects)))
-    chosen = set(subjects[-held_out:] if split == "validation" else subjects[:-held_out])
+    chosen = {"train": subjects[:-held_out], "validation": subjects[-held_out:]}[split]
     return tuple(sorted(name for name in names if split_name(name)[0] in chosen))
 
 
-def read_label_table(path: str | Path, num_labels: int) -> tuple[tuple[str, ...], tuple]:
+def read_label_table(path: Path, num_labels: int) -> tuple[tuple[str, ...], tuple]:
     """Names and RGB colours of the labels 0 to ``num_labels - 1`` from a FreeSurfer colour table.
 
     Raises:
         DataError: if the table is missing or unreadable, or does not list exactly these labels.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is missing. It lists the labels, one `id name R G B A` a line.")
     columns = [("label", int), ("name", "U99"), ("red", int), ("green", int), ("blue", int)]
     try:
         table = np.loadtxt(path, columns, usecols=range(5), ndmin=1, encoding="utf-8")
-    except ValueError as error:  # it names the row
+    except (OSError, ValueError) as error:  # it names the file or the row
         raise DataError(f"{path} must list `id name R G B A`, one label a line, but {error}.") from error
     table = np.sort(table, order="label")
-    if table["label"].tolist() != list(range(num_labels)):
-        found = table["label"].tolist()
+    found = table["label"].tolist()
+    if found != list(range(num_labels)):
         raise DataError(f"{path} lists the labels {found}, but the images have 0 to {num_labels - 1}.")
     return tuple(table["name"].tolist()), tuple(table[["red", "green", "blue"]].tolist())
 
 
-def read_slice(path: str | Path, num_labels: int) -> tuple[torch.Tensor, tuple[float, ...]]:
+def read_slice(path: Path, num_labels: int) -> tuple[torch.Tensor, tuple[float, ...]]:
     """One label slice as stored, uint8 (H, W), and its spacing in mm.
 
     Raises:
-        DataError: if the file is missing, is no readable NIfTI, is not one slice, or holds anything but whole
-            numbers from 0 to ``num_labels - 1``.
+        DataError: if the file is no readable NIfTI, is not one slice, or holds anything but whole numbers from 0 to
+            ``num_labels - 1``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is missing. Add it, or take the subject out of {SUBJECTS}.")
     values, image = read_label_image(path)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]  # (H, W, 1) -> (H, W)
     if values.ndim != 2:
         raise DataError(f"{path} has shape {values.shape}; expected one slice, (H, W) or (H, W, 1).")
-    unknown = np.setdiff1d(values, np.arange(num_labels))
-    if unknown.size:
-        known = f"the label table, 0 to {num_labels - 1}"
-        raise DataError(f"{path} holds the label {unknown[0]:g}, not in {known}. Use the table of this image.")
+    for label in np.setdiff1d(values, np.arange(num_labels)):
+        raise DataError(f"{path} holds the label {label:g}, not in the label table, 0 to {num_labels - 1}.")
     return torch.from_numpy(values.astype(np.uint8)), tuple(float(mm) for mm in image.header.get_zooms()[:2])
 
 
@@ -152,10 +132,10 @@ def _left_is_last(folder: Path, name: str) -> bool:
 
     It follows from the 24 structures of one slice; without them (or any in the slice) it is as in neurite-oasis: True.
     """
-    structures, table = folder / name / "slice_seg24.nii.gz", folder / "seg24_labels.txt"
-    if not structures.is_file() or not table.is_file():
+    structures = folder / name / "slice_seg24.nii.gz"
+    if not structures.is_file():
         return True
-    names, _ = read_label_table(table, 25)
+    names, _ = read_label_table(folder / "seg24_labels.txt", 25)
     labels, _ = read_slice(structures, 25)
     sides = (torch.tensor([label.startswith(side) for label in names])[labels.long()] for side in ("Left", "Right"))
     left, right = (side.nonzero()[:, 0].float().mean() for side in sides)
@@ -163,7 +143,7 @@ def _left_is_last(folder: Path, name: str) -> bool:
 
 
 def load_subjects(
-    folder: str | Path, num_labels: int, *, names: Sequence[str] | None = None, spatial: Sequence[int] | None = None
+    folder: Path, num_labels: int, *, names: Sequence[str] | None = None, spatial: Sequence[int] | None = None
 ) -> OasisSlices:
     """Label slices of a folder in the OASIS layout.
 
@@ -176,60 +156,47 @@ def load_subjects(
     Raises:
         DataError: for anything in the folder that is not as the layout says; the message names the file.
     """
-    folder = Path(folder).expanduser()
-    if num_labels not in (5, 25):
-        raise DataError(f"the slices have 5 or 25 labels (background included), not {num_labels}")
-    names = tuple(read_subjects(folder) if names is None else names)
+    names = tuple(names or read_subjects(folder))
     label_names, colours = read_label_table(folder / f"seg{num_labels - 1}_labels.txt", num_labels)
     files = [folder / name / f"slice_seg{num_labels - 1}.nii.gz" for name in names]
     images, (spacing, *_) = zip(*(read_slice(path, num_labels) for path in files), strict=True)
     stored = tuple(images[0].shape)
     for path, image in zip(files, images, strict=True):
         if image.shape != stored:
-            raise DataError(
-                f"{path} has shape {tuple(image.shape)}, but {files[0]} has {stored}. All slices lie on one grid: "
-                f"resample the one that differs, or take it out of {SUBJECTS}."
-            )
+            differs = f"has shape {tuple(image.shape)}, but {files[0]} has {stored}"
+            raise DataError(f"{path} {differs}. Resample the one that differs, or take it out of {SUBJECTS}.")
     labels = torch.stack(images)
     if _left_is_last(folder, names[0]):
         labels = labels.flip(1)
     if spatial is not None and tuple(spatial) != stored:
         labels = resize_labels(labels, spatial, num_labels)
         spacing = tuple(mm * old / new for mm, old, new in zip(spacing, stored, spatial, strict=True))
-    subjects, slices = zip(*(split_name(name) for name in names), strict=True)
-    return OasisSlices(labels, subjects, slices, label_names, colours, spacing)
+    return OasisSlices(labels, names, label_names, colours, spacing)
 
 
 def make_pairs(slices: OasisSlices, *, max_pairs: int | None = None, seed: int = 0) -> PairSet:
-    """Pairs of two different subjects at the same slice.
-
-    Args:
-        slices: what to pair.
-        max_pairs: of more ordered pairs than this a random choice is taken, in their order; None takes all.
-        seed: of that choice.
+    """Ordered pairs of two different subjects at the same slice; of more than ``max_pairs`` a random choice.
 
     Raises:
         DataError: if no two subjects share a slice.
     """
-    numbered = list(enumerate(zip(slices.subjects, slices.slices, strict=True)))
-    ordered = [(i, j) for i, (a, at_a) in numbered for j, (b, at_b) in numbered if at_a == at_b and a != b]
+    whose = [split_name(name) for name in slices.names]  # (subject, slice) each
+    numbers = permutations(range(len(whose)), 2)
+    ordered = [(i, j) for i, j in numbers if whose[i][1] == whose[j][1] and whose[i][0] != whose[j][0]]
     if not ordered:
         raise DataError("no two subjects share a slice, so there is no pair")
-    if max_pairs is not None and len(ordered) > max_pairs:
-        chosen = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(seed))[:max_pairs]
-        ordered = [ordered[index] for index in chosen.sort().values.tolist()]
-    full = ["_".join(part for part in parts if part) for _, parts in numbered]
+    ordered = random_choice(ordered, max_pairs, seed)
     return PairSet(
         labels=slices.labels[torch.tensor(ordered)],  # (S, *spatial) by (N, 2) -> (N, 2, *spatial)
         label_names=slices.label_names,
         spacing=slices.spacing,
-        names=tuple(f"{full[i]}~{full[j]}" for i, j in ordered),
+        names=tuple(f"{slices.names[i]}~{slices.names[j]}" for i, j in ordered),
         label_colours=slices.label_colours,
     )
 
 
 def load_oasis_pairs(
-    folder: str | Path,
+    folder: Path,
     split: str,
     *,
     num_labels: int = 5,

@@ -1,11 +1,9 @@
 """Phantom brains: coronal label slices drawn from curves, with an exactly known displacement between any two.
 
-One *template* brain is drawn in millimetres on the field of view of the OASIS slices (160 x 192 mm): a folded
-cortical ribbon on white matter, ventricles, deep grey nuclei, brain stem and cerebellum, left and right,
-with the label ids, names and colours of the neurite-oasis tables. A *subject* is the template seen through a
-smooth invertible warp phi (size, shape, ventricles, gyri), drawn at random from a seed:
-``labels(x) = template(phi(x))``. A pair then has a known displacement, ``phi_moving^-1 o phi_fixed``, and
-known landmarks, the points phi_fixed^-1(p) and phi_moving^-1(p) of the same template point p.
+One *template* brain is drawn on the field of view of the OASIS slices, 160 x 192 mm, with the labels of
+neurite-oasis. A *subject* is the template seen through a smooth invertible warp phi, drawn at random from a seed:
+``labels(x) = template(phi(x))``. So a pair has a known displacement, ``phi_moving^-1 o phi_fixed``, and known
+landmarks, the points phi_fixed^-1(p) and phi_moving^-1(p) of the same template point p.
 
 Array axis 0 runs from the patient's left to the right, axis 1 from the crown downwards.
 """
@@ -15,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
 import torch
+from scipy.interpolate import CubicHermiteSpline
 
 from pairdiff_core import fields
-from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet, resize_labels
 
 SPATIAL = (160, 192)  # the grid of the OASIS slices, 1 mm voxels: warps live here, whatever grid is asked for
@@ -48,14 +47,17 @@ TISSUES = (
 # tissue of each structure: 1 cortex (of the cerebellum too), 2 subcortical grey, 3 white matter, 4 CSF
 TISSUE_OF_STRUCTURE = (0, 3, 1, 4, 2, 2, 2, 2, 4, 2, 2, 2, 2, 1, 3, 1, 4, 2, 2, 2, 2, 2, 2, 2, 1)
 RIGHT_OF_LEFT = (0, 14, 15, 16, 17, 18, 19, 20, 8, 9, 21, 22, 23, 24)  # the same structure on the other side
-CEREBELLUM = 13
-LABEL_TABLES = {len(TISSUES): TISSUES, len(STRUCTURES): STRUCTURES}
+CEREBELLUM = 13  # it alone has folia
+LABEL_TABLES = {5: TISSUES, 25: STRUCTURES}
+LABEL_OF_STRUCTURE = {5: TISSUE_OF_STRUCTURE, 25: range(25)}  # in a label map with so many labels
 
 # The template, drawn for one half: points are (mm from the midline, mm below the top of the field of view).
 
 CORTEX_MM = 2.9  # thickness of the ribbon
 FISSURE_MM = 0.9  # half the width of a sulcus
 CROWN_MM = 6.0  # how far from a sulcus the crowns of its gyri begin to round off
+REACH_MM = 12.0  # distances are known up to here; all that is deeper in the brain is white matter or nuclei
+FINE = 3  # the template is kept as an image of 1 / FINE mm
 
 # fmt: off
 # the pial surface from the corpus callosum over the crown and the temporal pole to the parahippocampal gyrus
@@ -103,47 +105,33 @@ FOLIA = (
     ((36, 118), (34, 124), (29, 127)), ((30, 147), (31, 140), (27, 136.5)), ((20, 146), (21, 139), (19.5, 134)),
 )
 # fmt: on
-FINE = 3  # the template is kept as an image of 1 / FINE mm
 
 
-def _curve(points: Sequence[Sequence[float]], closed: bool = False, steps: int = 6) -> np.ndarray:
-    """A smooth line through control points (Catmull-Rom), as a polyline (P, 2)."""
-    knots = np.array(points, dtype=np.float32)
-    if closed:
-        knots = np.concatenate([knots[-1:], knots, knots[:2]])
-    else:
-        knots = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
-    a, b, c, d = (knots[i : len(knots) - 3 + i, None] for i in range(4))
-    t = (np.arange(steps, dtype=np.float32) / steps)[:, None]
-    line = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    return np.concatenate([line.reshape(-1, 2), knots[-2:-1]])  # (segments, steps, 2) -> (P, 2)
+def _curve(points: Sequence[Sequence[float]], closed: bool = False) -> np.ndarray:
+    """A smooth line through control points (Catmull-Rom), as a polyline float32 (P, 2) of six steps a segment."""
+    knots = np.pad(points, ((1, 2), (0, 0)), "wrap") if closed else np.array(points)
+    first, last = (1, len(points) + 1) if closed else (0, len(points) - 1)
+    curve = CubicHermiteSpline(np.arange(len(knots)), knots, np.gradient(knots, axis=0))
+    return curve(np.linspace(first, last, 6 * (last - first) + 1)).astype(np.float32)
 
 
-def _distance(x: np.ndarray, y: np.ndarray, line: np.ndarray, reach: float) -> np.ndarray:
-    """Distance in mm of the points (x, y), each (M,), from a polyline (P, 2), at most ``reach``."""
-    distance = np.full(x.shape, reach, np.float32)
-    for first in range(0, len(line) - 1, 6):  # six segments at a time, since they are far from most points
-        part = line[first : first + 7]
-        (left, top), (right, bottom) = part.min(0) - reach, part.max(0) + reach
-        near = np.flatnonzero((x > left) & (x < right) & (y > top) & (y < bottom))
-        nearest = distance[near] ** 2
-        for (x0, y0), (x1, y1) in zip(part[:-1].tolist(), part[1:].tolist(), strict=True):
-            dx, dy, along_x, along_y = x[near] - x0, y[near] - y0, x1 - x0, y1 - y0
+def _distance(x: np.ndarray, y: np.ndarray, lines: Sequence[np.ndarray]) -> np.ndarray:
+    """Distance in mm of the points (x, y), each (M,), from the nearest of some polylines (P, 2), at most REACH_MM."""
+    squared = np.full(x.shape, REACH_MM**2, np.float32)
+    for line in lines:
+        for (x0, y0), (x1, y1) in zip(line[:-1].tolist(), line[1:].tolist(), strict=True):
+            dx, dy, along_x, along_y = x - x0, y - y0, x1 - x0, y1 - y0
             t = ((dx * along_x + dy * along_y) / (along_x**2 + along_y**2)).clip(0, 1)
-            nearest = np.minimum(nearest, (dx - t * along_x) ** 2 + (dy - t * along_y) ** 2)
-        distance[near] = np.sqrt(nearest)
-    return distance
+            squared = np.minimum(squared, (dx - t * along_x) ** 2 + (dy - t * along_y) ** 2)
+    return np.sqrt(squared)
 
 
 def _inside(x: np.ndarray, y: np.ndarray, outline: np.ndarray) -> np.ndarray:
     """Whether the points (x, y), each (M,), lie in a closed polyline (P, 2), by the even-odd rule."""
-    inside = np.zeros(x.shape, bool)
-    (left, top), (right, bottom) = outline.min(0), outline.max(0)
-    near = np.flatnonzero((x >= left) & (x <= right) & (y >= top) & (y <= bottom))
+    inside = np.zeros(x.shape, bool)  # matplotlib's Path is of no help: it counts points on the outline unevenly
     for (x0, y0), (x1, y1) in zip(outline.tolist(), np.roll(outline, -1, axis=0).tolist(), strict=True):
         if y0 != y1:
-            to_the_left = x[near] < x0 + (x1 - x0) * (y[near] - y0) / (y1 - y0)
-            inside[near] ^= ((y0 > y[near]) != (y1 > y[near])) & to_the_left
+            inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (x1 - x0) * (y - y0) / (y1 - y0))
     return inside
 
 
@@ -152,16 +140,15 @@ def _draw_half(x: np.ndarray, y: np.ndarray, sulci: Sequence[Sequence[Sequence[f
 
     The cortex is all within CORTEX_MM of the pial surface, which dives into the brain along the sulci.
     """
-    reach = 12.0  # mm; deeper than this in the brain only "deep enough for white matter" matters
     pial = _curve(PIAL)
-    from_pial = _distance(x, y, pial, reach)
-    from_sulcus = np.min([_distance(x, y, _curve(sulcus), reach) for sulcus in sulci], axis=0) - FISSURE_MM
+    from_pial = _distance(x, y, [pial])
+    from_sulcus = _distance(x, y, [_curve(sulcus) for sulcus in sulci]) - FISSURE_MM
     # the smaller of both, rounded off where they are nearly equal, so that gyri get round crowns
     mix = (CROWN_MM - np.abs(from_pial - from_sulcus)).clip(0) / CROWN_MM
     depth = np.minimum(from_pial, from_sulcus) - mix**2 * CROWN_MM / 4
     cerebrum = _inside(x, y, np.concatenate([pial, INNER])) & (depth > 0)
     labels = np.where(cerebrum, np.where(depth < CORTEX_MM, 2, 1), 0)
-    between_folia = np.min([_distance(x, y, _curve(line), reach) for line in FOLIA], axis=0) > FISSURE_MM
+    between_folia = _distance(x, y, [_curve(line) for line in FOLIA]) > FISSURE_MM
     for label, outline in NUCLEI:
         shape = _inside(x, y, _curve(outline, closed=True))
         labels[shape & between_folia if label == CEREBELLUM else shape] = label
@@ -170,10 +157,7 @@ def _draw_half(x: np.ndarray, y: np.ndarray, sulci: Sequence[Sequence[Sequence[f
 
 @lru_cache(maxsize=1)
 def _template() -> torch.Tensor:
-    """The template with 24 structures as an image of 1 / FINE mm, uint8 (160 * FINE, 192 * FINE).
-
-    Drawn by numpy: hundreds of small operations in turn, which torch's threads would only slow down.
-    """
+    """The template with 24 structures as an image of 1 / FINE mm, uint8 (160 * FINE, 192 * FINE)."""
     x, y = (np.arange(size * FINE, dtype=np.float32) / FINE + (0.5 / FINE - 0.5) for size in SPATIAL)
     across, down = (grid.ravel() for grid in np.meshgrid(np.abs(x - MIDLINE), y, indexing="ij"))
     right = np.repeat(x > MIDLINE, len(y))
@@ -183,25 +167,13 @@ def _template() -> torch.Tensor:
     return torch.from_numpy(labels.reshape(len(x), len(y)))
 
 
-@lru_cache(maxsize=1)
 def _template_landmarks() -> torch.Tensor:
     """Points to find in every subject: the ends of the sulci and the centres of the nuclei, (K, 2) in mm."""
+    centres = [np.mean(line, axis=0).tolist() for label, line in NUCLEI if label not in (0, 8, 9)]
     points = []
     for side, sulci in ((-1, SULCI_LEFT), (1, SULCI_RIGHT)):
-        ends = [sulcus[-1] for sulcus in sulci]
-        centres = [np.mean(line, axis=0).tolist() for label, line in NUCLEI if label not in (0, 8, 9)]
-        points += [(MIDLINE + side * across, down) for across, down in ends + centres]
-    points += [(MIDLINE, 86.0), (MIDLINE, 115.0)]  # third ventricle, brain stem
-    return torch.tensor(points)
-
-
-def template_labels(points: torch.Tensor) -> torch.Tensor:
-    """Structures (0 to 24) of the template at ``points`` (..., 2) in mm, uint8 (...); 0 outside its view."""
-    index = ((points + 0.5) * FINE - 0.5).round().long()
-    size = torch.tensor(_template().shape)
-    outside = ((index < 0) | (index >= size)).any(-1)
-    index = torch.minimum(index.clamp_min(0), size - 1)
-    return _template()[index[..., 0], index[..., 1]].masked_fill(outside, 0)
+        points += [(MIDLINE + side * across, down) for across, down in [sulcus[-1] for sulcus in sulci] + centres]
+    return torch.tensor([*points, (MIDLINE, 86.0), (MIDLINE, 115.0)])  # last: third ventricle, brain stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,8 +202,8 @@ def _subject_velocity(seed: int, index: int) -> torch.Tensor:
         velocity += width * from_ventricle * torch.exp(-from_ventricle.square().sum(0) / (2 * 9.0**2))
     # nothing moves at the edge of the field of view: the warp maps it onto itself and stays invertible there
     for axis, voxels in enumerate(SPATIAL):
-        index = torch.arange(voxels)
-        rise = (torch.minimum(index, voxels - 1 - index) / 12).clamp(max=1)
+        place = torch.arange(voxels)
+        rise = (torch.minimum(place, voxels - 1 - place) / 12).clamp(max=1)
         velocity = velocity * (rise.square() * (3 - 2 * rise)).reshape((-1, 1) if axis == 0 else (1, -1))
     return velocity
 
@@ -241,28 +213,19 @@ def brain_subjects(
 ) -> BrainSubjects:
     """Phantom subjects ``first`` to ``first + number - 1`` of a seed; each the same whatever ``number`` is.
 
-    Args:
-        number: how many.
-        spatial: size of the label maps; every size shows the same 160 x 192 mm, by majority vote.
-        num_labels: 5 (tissues) or 25 (structures), background included.
-        seed: another seed, other subjects.
-        first: number of the first subject.
-
-    Raises:
-        DataError: if there is no label table for ``num_labels``, or the grid is not 2D.
+    Every size ``spatial`` shows the same 160 x 192 mm, by majority vote. ``num_labels`` is 5 (tissues) or 25
+    (structures), background included.
     """
-    if num_labels not in LABEL_TABLES:
-        raise DataError(f"the phantom has 5 or 25 labels (background included), not {num_labels}")
-    if len(spatial) != 2:
-        raise DataError(f"the brain phantom is a 2D slice, but the grid has {len(spatial)} axes")
     velocity = torch.cat([_subject_velocity(seed, first + index) for index in range(number)])
     to_template, from_template = fields.exponentiate(velocity), fields.exponentiate(-velocity)
     # labels are looked up on a grid at least this fine; a coarser one takes the majority
     grid = tuple(max(size, native) for size, native in zip(spatial, SPATIAL, strict=True))
-    in_template = (fields.identity_grid(grid) + fields.resize_field(to_template, grid)).movedim(1, -1)
-    labels = template_labels(fields.resize_points(in_template, grid, SPATIAL))  # (S, H, W, 2) -> (S, H, W)
-    if num_labels == len(TISSUES):
-        labels = torch.tensor(TISSUE_OF_STRUCTURE, dtype=torch.uint8)[labels.long()]
+    places = (fields.identity_grid(grid) + fields.resize_field(to_template, grid)).movedim(1, -1)
+    places = fields.resize_points(places, grid, SPATIAL)  # (S, H, W, 2) in mm of the template
+    template = _template()
+    pixels = fields.resize_points(places, SPATIAL, template.shape).round().long()
+    across, down = (pixels[..., axis].clamp(0, size - 1) for axis, size in enumerate(template.shape))
+    labels = torch.tensor(LABEL_OF_STRUCTURE[num_labels], dtype=torch.uint8)[template[across, down].long()]
     if tuple(spatial) != grid:
         labels = resize_labels(labels, spatial, num_labels)
     points = _template_landmarks()
@@ -278,30 +241,24 @@ def brain_subjects(
 def brain_pairs(
     number: int,
     *,
+    subjects: int,
     spatial: Sequence[int] = SPATIAL,
     num_labels: int = 5,
     seed: int = 0,
-    subjects: int = 12,
     first_subject: int = 0,
 ) -> PairSet:
     """Pairs of two different phantom subjects, with displacement and landmarks.
 
     Args:
         number: how many pairs at most; of all ``subjects * (subjects - 1)`` ordered pairs a random choice.
+        subjects: how many subjects the pairs are made of, at least 2.
         spatial: grid of the pairs.
         num_labels: 5 or 25, background included.
         seed: of the subjects and of the choice.
-        subjects: how many subjects the pairs are made of, at least 2.
         first_subject: number of the first one; sets with different numbers share no subject.
-
-    Raises:
-        DataError: for fewer than two subjects, another number of labels, or a grid that is not 2D.
     """
-    if subjects < 2:
-        raise DataError(f"a pair needs two subjects, got subjects={subjects}")
-    spatial = tuple(spatial)
     people = brain_subjects(subjects, spatial=spatial, num_labels=num_labels, seed=seed, first=first_subject)
-    ordered = torch.tensor([(i, j) for i in range(subjects) for j in range(subjects) if i != j])
+    ordered = torch.tensor(list(permutations(range(subjects), 2)))
     generator = torch.Generator().manual_seed((seed << 20) + first_subject)
     fixed, moving = ordered[torch.randperm(len(ordered), generator=generator)[:number]].T
     displacement = [  # a few at a time: on a coarse grid the full-size fields would be most of the memory

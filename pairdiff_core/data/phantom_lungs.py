@@ -1,13 +1,7 @@
 """Phantom lungs: vessel trees drawn from curves, breathed in and out along an exactly known displacement.
 
-A *subject* has two lungs, an artery and a vein tree in each. A tree grows from the hilum into points spread evenly
-over the lung: each branch ends half-way to the middle of its points, then the points are halved across their longest
-extent, and each half gets a branch (after Wang et al., IEEE Trans Biomed Eng 1992, and Tawhai et al., Ann Biomed Eng
-2000). Branches are curves that leave along their parent and get thinner with every division.
-
-As in the real pairs the *fixed* image is breathed in and the *moving* one breathed out: the diaphragm rises by up to 24
-voxels, the chest gets flatter and narrower, and each subject has a smooth deviation of its own. The flow along a smooth
-velocity is invertible, and since curves, not voxels, are moved and drawn again, both images are sharp and the
+A *subject* has two lungs, an artery and a vein tree in each. As in the real pairs the *fixed* image is breathed in and
+the *moving* one breathed out. Curves, not voxels, are moved and drawn again, so both images are sharp and the
 displacement is known everywhere. Landmarks are branch points.
 
 Millimetres are voxels of the frame in :mod:`pairdiff_core.data.lung_frame`. Its axes run to the patient's left, to the
@@ -23,7 +17,7 @@ import numpy as np
 import torch
 
 from pairdiff_core import fields
-from pairdiff_core.data.lung_frame import FRAME, LABELS, pooling_factor
+from pairdiff_core.data.lung_frame import FRAME, lung_pair_set, pooling_factor
 from pairdiff_core.pairs import PairSet
 
 NODE_MM = 8  # the displacement is made on a grid of such voxels, fine enough for something so smooth
@@ -57,19 +51,9 @@ class Tree(NamedTuple):
 def lung_pairs(number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, first_subject: int = 0) -> PairSet:
     """Pairs of the phantom subjects ``first_subject`` to ``first_subject + number - 1``, one pair each.
 
-    Args:
-        number: how many pairs.
-        spatial: (256, 208, 256), or its half or quarter, where a voxel is vessel if any of its millimetres is, as on
-            real data. A pair takes a quarter of a second, half a second at full size, where its displacement has
-            163 MB.
-        seed: another seed, other subjects; a subject is the same whatever ``number`` and ``spatial`` are.
-        first_subject: number of the first one; sets with different numbers share no subject.
-
-    Returns:
-        Labels 0 and 1, with displacement and landmarks. 1.5 to 3 % of the voxels at full size are vessel.
-
-    Raises:
-        DataError: for another grid.
+    ``spatial`` is (256, 208, 256), or its half or quarter, where a voxel is vessel if any of its millimetres is; a
+    DataError says so for another grid. A subject depends on its number and the seed only. Labels are 0 and 1, with
+    displacement and landmarks; 1.5 to 3 % of the voxels at full size are vessel.
     """
     spatial, factor = tuple(spatial), pooling_factor(spatial)
     labels = torch.empty((number, 2, *spatial), dtype=torch.uint8)
@@ -85,17 +69,8 @@ def lung_pairs(number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, fi
         branching = tree.end[np.isin(tree.division, LANDMARK_DIVISIONS)]
         points = torch.from_numpy(np.stack([branching, _move(branching, motion)], 1)).float()  # (K, 2, 3)
         landmarks.append(fields.resize_points(points, FRAME, spatial))
-    names, colours = zip(*LABELS, strict=True)
     people = [f"LUNGS_{first_subject + index:04d}" for index in range(number)]
-    return PairSet(
-        labels=labels,
-        label_names=names,
-        spacing=(float(factor),) * 3,
-        names=tuple(f"{person}_1~{person}_2" for person in people),
-        displacement=displacement,
-        landmarks=tuple(landmarks),
-        label_colours=colours,
-    )
+    return lung_pair_set(labels, people, landmarks, displacement)
 
 
 def _breathe_out(generator: torch.Generator) -> torch.Tensor:
@@ -109,11 +84,9 @@ def _breathe_out(generator: torch.Generator) -> torch.Tensor:
     towards = (-0.2 * across / MIDDLE[0], -0.3 * back / MIDDLE[1], 1.2 * low - 0.45 + 0.3 * shift)
     own = fields.random_velocity(1, NODES, amplitude=0.1, smoothness=8, generator=generator)
     velocity = torch.stack(towards)[None] + own
-    displacement = fields.exponentiate(velocity)
     for _ in range(2):  # nearly linear, so twice is enough to reach the depth within a few percent
-        velocity = velocity * (depth / NODE_MM / displacement.norm(dim=1).max())
-        displacement = fields.exponentiate(velocity)
-    return displacement
+        velocity = velocity * (depth / NODE_MM / fields.exponentiate(velocity).norm(dim=1).max())
+    return fields.exponentiate(velocity)
 
 
 def _move(points: np.ndarray, displacement: torch.Tensor) -> np.ndarray:
@@ -133,7 +106,7 @@ def _inside(points: np.ndarray, side: int, size: np.ndarray) -> np.ndarray:
 
 
 def _grow_trees(random: np.random.Generator) -> Tree:
-    """The four trees of a subject."""
+    """The four trees of a subject, each grown from the hilum into points spread evenly over its lung."""
     number = POINTS * 2 ** (DIVISIONS - 1)
     size = np.exp(0.05 * random.standard_normal(3))
     trees = []
@@ -147,7 +120,11 @@ def _grow_trees(random: np.random.Generator) -> Tree:
 
 
 def _grow(points: np.ndarray, start: np.ndarray, direction: np.ndarray, random: np.random.Generator) -> Tree:
-    """A tree from ``start`` (3,), first along ``direction`` (3,), into ``points`` (POINTS * 2**(DIVISIONS - 1), 3)."""
+    """A tree from ``start`` (3,), first along ``direction`` (3,), into ``points`` (POINTS * 2**(DIVISIONS - 1), 3).
+
+    Each branch ends half-way to the middle of its points, then they are halved across their longest extent, and each
+    half gets a branch (after Wang et al., IEEE Trans Biomed Eng 1992, and Tawhai et al., Ann Biomed Eng 2000).
+    """
     clouds, starts, directions, branches = points[None], start[None], direction[None], []
     for division in range(DIVISIONS):  # all branches of a division at once: clouds (B, P, 3), the rest (B, 3)
         middle = clouds.mean(1)
@@ -182,17 +159,15 @@ def _along(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
 def _draw(centres: np.ndarray, radii: np.ndarray, factor: int) -> torch.Tensor:
     """Balls at ``centres`` (M, 3) in mm, as 1 in a volume ``factor`` times coarser than the frame, uint8."""
     volume = np.zeros([size // factor for size in FRAME], np.uint8)
-    for reach in np.unique(np.ceil(radii)).astype(int).tolist():  # balls of about one size at a time
-        chosen = np.ceil(radii) == reach
+    for part in np.array_split(radii.argsort(), 1 + len(radii) // 500):  # balls of about one size, few MB at once
+        reach = int(np.ceil(radii[part].max()))
         near = np.moveaxis(np.indices([2 * reach + 3] * 3), 0, -1).reshape(-1, 3) - reach - 1
         near = near[(near**2).sum(1) <= (reach + 0.9) ** 2].astype(np.int32)  # voxels around the nearest one
-        parts = 1 + chosen.sum() * len(near) // 400_000  # few MB at once
-        for part in np.array_split(np.flatnonzero(chosen), parts):
-            nearest = np.rint(centres[part]).astype(np.int32)
-            offset = (nearest - centres[part]).astype(np.float32)
-            squared = sum((offset[:, None, d] + near[None, :, d].astype(np.float32)) ** 2 for d in range(3))
-            ball, voxel = np.nonzero(squared <= radii[part, None] ** 2)
-            index = nearest[ball] + near[voxel]
-            index = index[((index >= 0) & (index < FRAME)).all(1)] // factor
-            volume[tuple(index.T)] = 1
+        nearest = np.rint(centres[part]).astype(np.int32)
+        offset = (nearest - centres[part]).astype(np.float32)
+        squared = sum((offset[:, None, d] + near[None, :, d].astype(np.float32)) ** 2 for d in range(3))
+        ball, voxel = np.nonzero(squared <= radii[part, None] ** 2)
+        index = nearest[ball] + near[voxel]
+        index = index[((index >= 0) & (index < FRAME)).all(1)] // factor
+        volume[tuple(index.T)] = 1
     return torch.from_numpy(volume)
