@@ -63,10 +63,8 @@ def find_lung250m(data: str | Path | None = None) -> Path:
 def case_files(folder: Path, split: str) -> dict[str, tuple[Path, Path]]:
     """The (fixed, moving) files of each case of a split, by its name ``case_NNN``, in sorted order.
 
-    Args:
-        folder: one of the layouts.
-        split: "train"; "validation", the held-out cases but for the ten official test cases 104 to 113 (COPDgene); or
-            "test", just those ten. The public download has them; they are for a final comparison, not for choices.
+    A split is "train"; "validation", the held-out cases but for the ten official test cases 104 to 113 (COPDgene); or
+    "test", just those ten, which are for a final comparison, not for choices.
 
     Raises:
         DataError: if there is no case of the split, or a case has only one of its two files.
@@ -121,9 +119,8 @@ def read_correspondences(path: Path, offset: Sequence[int]) -> torch.Tensor:
 
     They were computed from the CTs, not from the vessels. Those with a point outside the frame are left out.
 
-    Args:
-        path: lines of ``fixed x, y, z, moving x, y, z`` in voxels of the whole volume.
-        offset: of that volume, see :func:`~pairdiff_core.data.lung_frame.frame_offset`.
+    The file has lines of ``fixed x, y, z, moving x, y, z`` in voxels of the whole volume, which lies at ``offset`` of
+    the frame (:func:`~pairdiff_core.data.lung_frame.frame_offset`).
 
     Raises:
         DataError: if the file is anything but lines of six numbers.

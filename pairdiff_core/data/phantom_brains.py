@@ -249,13 +249,8 @@ def brain_pairs(
 ) -> PairSet:
     """Pairs of two different phantom subjects, with displacement and landmarks.
 
-    Args:
-        number: how many pairs at most; of all ``subjects * (subjects - 1)`` ordered pairs a random choice.
-        subjects: how many subjects the pairs are made of, at least 2.
-        spatial: grid of the pairs.
-        num_labels: 5 or 25, background included.
-        seed: of the subjects and of the choice.
-        first_subject: number of the first one; sets with different numbers share no subject.
+    At most ``number``, a random choice by ``seed`` of all ordered pairs of the ``subjects`` people (at least 2) from
+    number ``first_subject`` on; see :func:`brain_subjects` for ``spatial`` and ``num_labels``.
     """
     people = brain_subjects(subjects, spatial=spatial, num_labels=num_labels, seed=seed, first=first_subject)
     ordered = torch.tensor(list(permutations(range(subjects), 2)))
