@@ -1,21 +1,34 @@
-"""The synthetic pairs of a run as NIfTI files with a dataset description, for other programs."""
+"""Synthetic pairs, of a run or drawn from a pretrained model, as NIfTI files with a description for other programs."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from pairdiff_core import __version__
 from pairdiff_core.apps.volume_files import write_nifti
 from pairdiff_core.data import grid_affine, label_names
-from pairdiff_core.errors import CheckpointError, DataError
-from pairdiff_core.pipeline import Run, find_model, load_model, open_run
-from pairdiff_core.storage import load_checkpoint
+from pairdiff_core.errors import DataError
+from pairdiff_core.pipeline import (
+    Run,
+    Trained,
+    find_autoencoder,
+    find_model,
+    load_model,
+    number_of_shards,
+    open_run,
+    sample_pairs,
+)
+from pairdiff_core.profiles import to_json
+from pairdiff_core.storage import load_checkpoint, provenance
+from pairdiff_core.training import best_device
 from pairdiff_core.vqae import decode_labels
 
 AT_ONCE = 4  # pairs that are decoded together
@@ -29,7 +42,7 @@ def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> 
     has the keys of Learn2Reg's descriptions and ``provenance``; each label map is image and label at once.
 
     Args:
-        run: a run folder with the stages "vqae" and "synthesis".
+        run: a run folder with the stage "synthesis".
         to: folder to make; it may exist if it is empty.
         progress: whether to show a bar.
 
@@ -40,30 +53,72 @@ def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> 
         CheckpointError: if a stage is missing or damaged, or they do not belong together.
         DataError: if ``to`` is in use or cannot be written; nothing is written then.
     """
-    work, to = open_run(find_model(run)), Path(to).expanduser()
-    autoencoder, path = load_model(work.path, "vqae"), work.path / "synthesis.safetensors"
-    tensors, description = load_checkpoint(path)
-    if description["config"]["inputs"]["autoencoder"] != autoencoder.fingerprint:
-        raise CheckpointError(
-            f"{path} was made with another autoencoder than {work.path / 'vqae.safetensors'}. Make it again, or copy "
-            "both from one run."
-        )
+    to = _unused(to)
+    work = open_run(find_model(run))
+    tensors, description = load_checkpoint(work.path / "synthesis.safetensors")
+    autoencoder = find_autoencoder(work, description["config"]["inputs"]["autoencoder"])
+    made_by = description["provenance"] | {"dataset": work.dataset, "config": description["config"]}
+    return _write_pairs(to, work, autoencoder, tensors["tensor"], made_by, progress)
+
+
+def make_pairs(
+    model: str | Path, to: str | Path, number: int | None = None, seed: int = 0, *, progress: bool = False
+) -> int:
+    """Draw new pairs from a pretrained model, or from the networks of a run, and write them as :func:`export_pairs`.
+
+    Args:
+        model: such as "oasis2d-laptop", or a folder with the stages "vqae" and "denoiser".
+        to: folder to make; it may exist if it is empty.
+        number: of pairs; None: as many as the model's profile says.
+        seed: of the pairs. A run of this seed that takes this model makes the same ones.
+        progress: whether to show bars.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        CheckpointError, DataError: as :func:`export_pairs`.
+    """
+    to, own = _unused(to), open_run(find_model(model))
+    synthesis = replace(own.profile.synthesis, pairs=number or own.profile.synthesis.pairs)
+    work = replace(own, seed=seed, profile=replace(own.profile, synthesis=synthesis))
+    autoencoder, denoiser = (load_model(own.path, stage) for stage in ("vqae", "denoiser"))
+    bar = tqdm(range(number_of_shards(work)), desc="tokens", disable=not progress)
+    tokens = torch.cat([sample_pairs(work, denoiser, shard) for shard in bar])
+    made_by = provenance(work.profile.name, seed, best_device()) | {"dataset": work.dataset}
+    made_by |= {"autoencoder": autoencoder.fingerprint, "denoiser": denoiser.fingerprint}
+    return _write_pairs(to, work, autoencoder, tokens, made_by | {"settings": to_json(synthesis)}, progress)
+
+
+def _unused(to: str | Path) -> Path:
+    """The folder to make, asked before anything is computed.
+
+    Raises:
+        DataError: if there is something in its place.
+    """
+    to = Path(to).expanduser()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise DataError(f"{to} exists and is not empty. Give a new folder, or move that one away.")
-    name, pairs, affine = f"PairDiff-{work.dataset}", [], grid_affine(work.dataset, work.profile.spatial)
+    return to
+
+
+def _write_pairs(
+    to: Path, run: Run, autoencoder: Trained, tokens: torch.Tensor, made_by: dict[str, Any], progress: bool
+) -> int:
+    """Decode tokens int (N, *grid) and write the pairs; the folder appears whole or not at all."""
+    name, pairs, affine = f"PairDiff-{run.dataset}", [], grid_affine(run.dataset, run.profile.spatial)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
             root = Path(temporary) / "whole"
             (root / "imagesTr").mkdir(parents=True)
-            bar = tqdm(tensors["tensor"].split(AT_ONCE), unit_scale=AT_ONCE, unit="pair", disable=not progress)
-            for decoded in (pair for tokens in bar for pair in decode_labels(autoencoder.model, tokens)):
+            bar = tqdm(tokens.split(AT_ONCE), unit_scale=AT_ONCE, unit="pair", disable=not progress)
+            for decoded in (pair for some in bar for pair in decode_labels(autoencoder.model, some)):
                 files = [f"./imagesTr/{name}_{len(pairs) + 1:04d}_{image:04d}.nii.gz" for image in (0, 1)]
                 for file, labels in zip(files, decoded.numpy(), strict=True):
                     write_nifti(root / file, labels.reshape((*labels.shape, 1)[:3]), affine)
                 pairs.append(files)
-            made_by = description["provenance"] | {"dataset": work.dataset, "config": description["config"]}
-            described = _describe(name, pairs, work) | {"provenance": made_by}
+            described = _describe(name, pairs, run) | {"provenance": made_by}
             (root / f"{name}_dataset.json").write_text(json.dumps(described, indent=1) + "\n")
             if to.exists():
                 to.rmdir()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pairdiff_core.apps.lines import progress_lines, show
-from pairdiff_core.apps.options import DataFolder, DatasetName, ProfileName, Quiet, Seed, chosen_profile
+from pairdiff_core.apps.options import DataFolder, DatasetName, ProfileName, Quiet, Seed, chosen_profile, refuse
 from pairdiff_core.profiles import STAGES
 
 if TYPE_CHECKING:
@@ -21,12 +21,16 @@ def run(
     stage: Annotated[
         Literal[(*STAGES, "all")], typer.Argument(help="The last one, after those before it; all: all, and measure.")
     ],
-    dataset: Annotated[DatasetName, typer.Option(help="What to learn from.")],
+    dataset: Annotated[DatasetName | None, typer.Option(help="What to learn from; needed but with --model.")] = None,
     # torchrun takes --run for one of its own options
     run: Annotated[Path | None, typer.Option("--run", "--run-folder", help="Default: that of the notebooks.")] = None,
     profile: Annotated[ProfileName | None, typer.Option(help="Default: PAIRDIFF_PROFILE, else quick.")] = None,
     data: DataFolder = None,
     seed: Seed = 0,
+    model: Annotated[
+        str | None, typer.Option(help="With synthesis: draw pairs from this pretrained model alone, without data.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="With --model: folder to make, with the pairs as NIfTI.")] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Synthetic pairs; default: the profile's.")] = None,
     max_minutes: Annotated[float | None, typer.Option(min=0, help="Save the progress and end after this time.")] = None,
     save_minutes: Annotated[float, typer.Option(min=0, help="Save the progress this often.")] = 5.0,
@@ -43,13 +47,29 @@ def run(
     \b
     Example:
       pairdiff run all --dataset phantom2d --profile quick --run runs/mine
+      pairdiff run synthesis --model oasis2d-laptop --pairs 4 --to pairs
       torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run-folder runs/two
     """
-    settings = chosen_profile(dataset, profile, "quick")
-    if pairs is not None:
-        settings = replace(settings, synthesis=replace(settings.synthesis, pairs=pairs))
+    if model is not None or to is not None:
+        own = {"dataset": dataset, "run": run, "profile": profile, "data": data, "max_minutes": max_minutes}
+        refuse("does not go with --model and --to, which need no more than --pairs and --seed", **own)
+        if stage != "synthesis" or model is None or to is None:
+            use = "pairdiff run synthesis --model oasis2d-laptop --to pairs"
+            raise typer.BadParameter(f"--model and --to go together, and with synthesis: {use}", param_hint="--model")
+    elif dataset is None:
+        raise typer.BadParameter("give --dataset, or, for synthesis, --model", param_hint="--dataset")
+    else:
+        settings = chosen_profile(dataset, profile, "quick")
     if device is not None:
         os.environ["PAIRDIFF_DEVICE"] = device
+    if model is not None:
+        from pairdiff_core.apps.export import make_pairs
+
+        progress = not quiet and typer.get_text_stream("stderr").isatty()
+        typer.echo(f"{make_pairs(model, to, pairs, seed, progress=progress)} pairs are in {to}")
+        return
+    if pairs is not None:
+        settings = replace(settings, synthesis=replace(settings.synthesis, pairs=pairs))
 
     from pairdiff_core import pipeline
     from pairdiff_core.storage import Saving
