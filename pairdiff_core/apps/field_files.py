@@ -127,7 +127,7 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
         voxels: whether they are voxel indices on the field's grid, and so is the result, instead of mm.
     """
     rows, columns = _read_points(points)
-    table = np.array([[float(row[column]) for column in columns] for row in rows], np.float64)
+    table = _table(rows, columns)
     given = table.shape[1]
     places = np.column_stack([table, np.zeros((len(table), 3 - given)), np.ones(len(table))]).T  # (4, K)
     index = places if voxels else np.linalg.inv(field.world) @ places
@@ -148,6 +148,19 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     if outside:
         notes.append(f"{outside} of {len(rows)} landmarks lie outside the field and stay where they are.")
     return f"{out}: {len(rows)} landmarks, {'voxels' if voxels else 'mm'}", notes
+
+
+def read_landmarks(path: Path) -> np.ndarray:
+    """The landmarks of a CSV file as :func:`move_landmarks` takes it, float64 (K, 3), or (K, 2) without a z.
+
+    Raises:
+        DataError: if it holds none, or anything but finite numbers; the message names file and line.
+    """
+    return _table(*_read_points(path))
+
+
+def _table(rows: list[list[str]], columns: list[int]) -> np.ndarray:
+    return np.array([[float(row[column]) for column in columns] for row in rows], np.float64)
 
 
 def _names(path: Path) -> list[list[str]]:

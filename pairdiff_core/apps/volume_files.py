@@ -47,6 +47,11 @@ class VolumePair:
         """(4, 4) voxel-to-world matrix of the fixed file, mm, RAS, as nibabel reads it."""
         return self.grids[0].affine
 
+    @property
+    def spatial_axes(self) -> tuple[int, ...]:
+        """The axes of the fixed file along which there is more than one voxel, all three for a volume."""
+        return tuple(axis for axis in range(3) if axis != _slice_axis(self.shape))
+
     def pairs(self, profile: Profile | None = None) -> PairSet:
         """A set of this one pair, with labels from 0 to C - 1.
 
@@ -98,14 +103,16 @@ class VolumePair:
 
         Nearest neighbour, and 0 where x + u(x) lies outside the moving image, as in ITK.
         """
-        return self.moving_values[self._warped(displacement)].reshape(self.shape)
+        return self.moving_values[self.warped_labels(displacement)].reshape(self.shape)
 
-    def _warped(self, displacement: torch.Tensor) -> np.ndarray:
-        return sample(self.moving, self.in_volume(displacement), after=self.to_moving)
+    def warped_labels(self, displacement: torch.Tensor) -> torch.Tensor:
+        """As :meth:`warped_moving`, but indices into ``values``, uint8 (*spatial)."""
+        warped = sample(self.moving, self.in_volume(displacement), after=self.to_moving)
+        return torch.from_numpy(warped).reshape(self.labels[1].shape)
 
     def judged(self, displacement: torch.Tensor) -> tuple[float, float, list[str]]:
         """Mean Dice over the labels of the files before and after warping as in :meth:`warped_moving`, and warnings."""
-        after = torch.from_numpy(self._warped(displacement)).reshape(self.labels[1].shape)
+        after = self.warped_labels(displacement)
         images = (self.labels[1], after)
         scores = [float(mean_dice(image[None], self.labels[:1], len(self.values))) for image in images]
         warnings = []

@@ -21,7 +21,18 @@ GZIP_MAGIC = b"\x1f\x8b"
 OF_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 IN_TWO_FILES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 READ = ".nii, .nii.gz, .hdr/.img, .mgz, .mgh, .nrrd, .nhdr, .mha and .mhd"
-UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError, ValueError, OSError, EOFError, zlib.error)
+# what nibabel raises for damaged headers: the last two for those of FreeSurfer
+UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    WrapStructError,
+    ValueError,
+    OSError,
+    EOFError,
+    zlib.error,
+    KeyError,
+    TypeError,
+)
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # else a line beside each error that it raises
 
 
@@ -69,7 +80,8 @@ def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     step = abs(getattr(image.dataobj, "slope", 1.0))
     whole, scaled = np.round(values), values.dtype.kind == "f" and image.get_data_dtype().kind in "iu"
     if scaled and 0 < step < 1:  # with larger steps, whole numbers between them are lost
-        values = np.where(np.abs(whole - values) <= step / 2, whole, values)
+        near = step / 2 + 1e-6 * np.abs(values).max(initial=0)  # the header has seven digits of the scale
+        values = np.where(np.abs(whole - values) <= near, whole, values)
     broken = ~np.isfinite(values) | (whole != values)
     if broken.any():
         example = f"{path} holds values that are no whole numbers, such as {values[broken][0]:.9g}"
@@ -120,9 +132,11 @@ def _of_two_files(path: Path) -> nib.Nifti1Image:
         raise DataError(f"{path} is not an image of a .hdr and an .img file ({error}). Export it again.") from error
     if isinstance(image, nib.Nifti1Pair):
         return image
-    plain = nib.Nifti1Image(image.dataobj, None)  # Analyze has voxel sizes, but no place: as NIfTI without forms
-    plain.header.set_zooms(image.header.get_zooms())
-    return nib.Nifti1Image(image.dataobj, None, plain.header)
+    header = nib.Nifti1Header()  # Analyze has voxel sizes, but no place: as NIfTI without forms
+    header.set_data_dtype(image.get_data_dtype())
+    header.set_data_shape(image.shape)
+    header.set_zooms(image.header.get_zooms())
+    return nib.Nifti1Image(image.dataobj, header.get_best_affine(), header)
 
 
 def _by_simpleitk(path: Path) -> nib.Nifti1Image:
