@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 from pairdiff_core import fields
 from pairdiff_core.data.folders import find_folder, random_choice
+from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.data.lung_frame import FRAME, frame_offset, lung_pair_set, pooling_factor, to_frame
-from pairdiff_core.data.nifti import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pairdiff_core.data.folders import find_folder, random_choice
-from pairdiff_core.data.nifti import read_label_image
+from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet, resize_labels
 
