@@ -301,11 +301,13 @@ _QUICK_3D = Profile(
         control=4,
         squarings=5,
         smoothness=0.05,
-        steps=16,
+        steps=24,
         batch=1,
         learning_rate=1e-2,
         instance=(Level(scale=1, control=4, steps=8, learning_rate=0.2),),
         baseline=(Level(2, 2, 20, 0.3), Level(1, 4, 10, 0.2)),
+        scales=3,  # with these and the repeats, synthetic pairs teach more of the motion
+        repeats=3,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )
