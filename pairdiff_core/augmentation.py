@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from pairdiff_core import fields
 from pairdiff_core.profiles import Augmentation, Patches
 from pairdiff_core.training import Samples
+
+# From an image (*spatial), a coarser grid and a generator: a random motion (D, *grid) for that image, in voxels of the
+# grid, forwards: what is at x goes to x + u(x).
+Motion = Callable[[torch.Tensor, Sequence[int], torch.Generator], torch.Tensor]
 
 
 class WarpedPairs:
@@ -18,16 +22,19 @@ class WarpedPairs:
         labels: (N, 2, *spatial), as many as ``samples`` has items.
         samples: which pair comes when.
         augmentation: None leaves them as they are.
+        motion: where other people's motions come from, if the augmentation asks for them.
     """
 
-    def __init__(self, labels: torch.Tensor, samples: Samples, augmentation: Augmentation | None) -> None:
-        self.labels, self.samples, self.augmentation = labels, samples, augmentation
+    def __init__(
+        self, labels: torch.Tensor, samples: Samples, augmentation: Augmentation | None, motion: Motion | None = None
+    ) -> None:
+        self.labels, self.samples, self.augmentation, self.motion = labels, samples, augmentation, motion
 
     def __call__(self, step: int) -> torch.Tensor:
         labels = self.labels[self.samples.chosen(step)]
         if self.augmentation is None:
             return labels
-        return augment(labels, self.augmentation, self.samples.generators(step, "warp"))
+        return augment(labels, self.augmentation, self.samples.generators(step, "warp"), self.motion)
 
 
 class PatchesOfPairs:
@@ -57,24 +64,34 @@ def cut(labels: torch.Tensor, size: Sequence[int], generator: torch.Generator) -
     return labels[(..., *(slice(start, start + side) for start, side in zip(starts, size, strict=True)))]
 
 
-def augment(labels: torch.Tensor, augmentation: Augmentation, generators: Sequence[torch.Generator]) -> torch.Tensor:
+def augment(
+    labels: torch.Tensor,
+    augmentation: Augmentation,
+    generators: Sequence[torch.Generator],
+    motion: Motion | None = None,
+) -> torch.Tensor:
     """Pairs of label maps uint8 (N, 2, *spatial), warped by random affine jitter and a random smooth flow.
 
     One affine and one flow are common to both images of a pair, which keeps their relation. A second, smaller flow of
-    its own moves each image.
+    its own moves each image. With a ``motion``, one of the two images also goes along a part of it: the moving image
+    forwards or the fixed one backwards, so that the two are farther from each other.
 
     Args:
         generators: N, one for each pair.
+        motion: where motions come from; None for none.
     """
     warped = torch.empty_like(labels)
     for index, generator in enumerate(generators):  # one at a time: the fields of large volumes add up
         displacement = _random_warps(labels.shape[2:], augmentation, generator)
+        if motion is not None:
+            _add_motion(displacement, labels[index], motion, augmentation.motion, generator)
+        displacement = fields.resize_field(displacement, labels.shape[2:])
         warped[index] = fields.warp_labels(labels[index], displacement)
     return warped
 
 
 def _random_warps(spatial: torch.Size, augmentation: Augmentation, generator: torch.Generator) -> torch.Tensor:
-    """Displacements (2, D, *spatial) of the two images of one pair, composed on the coarser grid."""
+    """Displacements (2, D, *coarser) of the two images of one pair, on the coarser grid."""
     coarse = [size // (augmentation.coarser) for size in spatial]
     common = _affine_jitter(coarse, augmentation.affine, generator)
     if augmentation.common > 0:
@@ -82,7 +99,18 @@ def _random_warps(spatial: torch.Size, augmentation: Augmentation, generator: to
     both = common.expand(2, *common.shape[1:])
     if augmentation.own > 0:
         both = fields.compose(both, _random_flow(2, coarse, augmentation.own, augmentation, generator))
-    return both if coarse == list(spatial) else fields.resize_field(both, spatial)
+    return both.clone()
+
+
+def _add_motion(
+    displacement: torch.Tensor, labels: torch.Tensor, motion: Motion, most: float, generator: torch.Generator
+) -> None:
+    """Let one image of a pair (2, *spatial) go along a share, at ``most``, of a motion, in place."""
+    image = int(torch.randint(2, (1,), generator=generator))
+    share = most * float(torch.rand(1, generator=generator))
+    along = share * motion(labels[image], displacement.shape[2:], generator)[None]
+    pull = fields.invert(along) if image == 1 else along  # a moved image at y is the image at the inverse of y
+    displacement[image] = fields.compose(displacement[image : image + 1], pull)[0]
 
 
 def _random_flow(

@@ -27,6 +27,7 @@ class Augmentation:
     own: float  # voxels, the same for each image alone
     smoothness: float  # voxels between the nodes of those velocities
     coarser: int = 1  # warps are composed on a grid this many times coarser, which is faster
+    motion: float = 0.0  # the largest share of another person's motion that one of the images goes along
 
 
 class Patches(NamedTuple):

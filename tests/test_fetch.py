@@ -300,6 +300,16 @@ def test_only_a_broken_or_new_lung_file_is_fetched(server: Server, lungs: list[s
     assert (folder / "mine.txt").read_text() == "notes"
 
 
+def test_motions_of_patients_without_vessels_can_be_left_out(server: Server, lungs: list[str], tmp_path: Path) -> None:
+    server.files["corrfieldTr/case_000.csv"] = b"1,2,3,4,5,6\n"
+    with fetch.LUNG_REGISTRY.open("a") as registry:
+        registry.write(f"corrfieldTr/case_000.csv {hashlib.sha256(b'1,2,3,4,5,6' + bytes([10])).hexdigest()}\n")
+    folder = fetch.fetch_lung250m(tmp_path / "data", progress=False, motions=False)
+    assert sorted(path.name for path in (folder / "corrfieldTr").iterdir()) == ["case_036.csv"]
+    fetch.fetch_lung250m(tmp_path / "data", progress=False)
+    assert (folder / "corrfieldTr" / "case_000.csv").is_file()
+
+
 def test_lungs_from_a_captive_portal(server: Server, lungs: list[str], tmp_path: Path) -> None:
     server.files = dict.fromkeys(lungs, b"<html>")
     with pytest.raises(FetchError, match="hash.*Or all at once"):
@@ -318,7 +328,8 @@ def test_the_list_of_lung_files() -> None:
     published = published_lungs()
     for name, number in (("dilated_vessels_10", 20), ("dilated_vessels_ts", 54)):
         assert sum(path.startswith(f"{name}/case_") for path in published) == number
-    assert {"lms_validation_cropped.pth", "corrfieldTr/case_036.csv"} <= published.keys()
+    assert "lms_validation_cropped.pth" in published
+    assert sum(path.startswith("corrfieldTr/case_") for path in published) == 79
     assert all(re.fullmatch("[0-9a-f]{64}", value) for value in published.values())
 
 

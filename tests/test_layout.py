@@ -12,14 +12,14 @@ import pairdiff_core
 PACKAGE = Path(pairdiff_core.__file__).parent
 FLOORS = (
     {"__init__", "errors", "fields"},
-    {"pairs", "profiles", "storage"},
+    {"motion", "pairs", "profiles", "storage"},
     {"metrics", "training"},
     {"vqae", "absorbing", "registration", "augmentation", "data", "figures"},
     {"pipeline"},
     {"apps"},
     {"__main__"},
 )
-METHOD = {"fields", "pairs", "profiles", "vqae", "absorbing", "registration", "augmentation", "metrics"}
+METHOD = {"fields", "motion", "pairs", "profiles", "vqae", "absorbing", "registration", "augmentation", "metrics"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
 

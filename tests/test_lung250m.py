@@ -415,7 +415,7 @@ def test_real_training_pair() -> None:
     file = REAL / TRAIN / "case_036_1.nii.gz"
     mask = lung250m.read_vessels(file, "case_036")
     framed = to_frame(mask)
-    points = lung250m.read_correspondences(REAL / POINTS, frame_offset(mask.shape))
+    points = lung250m.in_frame(lung250m.read_correspondences(REAL / POINTS), mask.shape)
     assert 6400 < len(points) < 6576  # a few lie outside the frame
     on_vessel = framed[tuple(points[:, 0].round().long().T)].float().mean()
     assert 0.27 < on_vessel < 0.32

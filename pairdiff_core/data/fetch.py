@@ -15,7 +15,7 @@ import requests
 from tqdm.auto import tqdm
 
 from pairdiff_core import __version__
-from pairdiff_core.data.lung250m import LUNG_FOLDER
+from pairdiff_core.data.lung250m import CORRESPONDENCES, LUNG_FOLDER, TRAIN_FOLDERS
 from pairdiff_core.data.oasis import OASIS_FOLDER, SUBJECTS
 from pairdiff_core.errors import FetchError
 
@@ -77,8 +77,10 @@ def fetch_oasis2d(to: str | Path, *, progress: bool = True) -> Path:
     return folder
 
 
-def fetch_lung250m(to: str | Path, *, progress: bool = True) -> Path:
+def fetch_lung250m(to: str | Path, *, progress: bool = True, motions: bool = True) -> Path:
     """Download the lung vessels (12 MB, 10 training, 17 validation and 10 test pairs), as far as they are not there.
+
+    With ``motions``, also the correspondences of 74 more training patients (22 MB), which say how people breathe.
 
     A new folder is called ``lung250m.part`` until all is there, so that half a data set is never taken for a whole
     one; the next call goes on with it. A folder that has its name already is completed. Arguments, result and errors
@@ -88,6 +90,8 @@ def fetch_lung250m(to: str | Path, *, progress: bool = True) -> Path:
     working = folder if folder.exists() else folder.with_name(f"{LUNG_FOLDER}.part")
     files = pooch.create(working, LUNG_SITE, retry_if_failed=RETRIES)
     files.load_registry(LUNG_REGISTRY)
+    if not motions:
+        files.registry = {name: value for name, value in files.registry.items() if not _only_a_motion(name, files)}
     if not all((working / name).is_file() for name in files.registry):
         print(LUNG_TERMS)
     try:
@@ -98,6 +102,12 @@ def fetch_lung250m(to: str | Path, *, progress: bool = True) -> Path:
         by_hand = f"Or all at once: download {archive}, unpack it as {working}, and run this again."
         raise FetchError(f"{error} {by_hand}") from error
     return working.rename(folder)  # changes nothing if it was there before
+
+
+def _only_a_motion(name: str, files: pooch.Pooch) -> bool:
+    """Whether a file has the correspondences of a patient whose vessels are not public."""
+    vessels = f"{TRAIN_FOLDERS[-1]}/{Path(name).stem}_1.nii.gz"
+    return Path(name).parent.name == CORRESPONDENCES and vessels not in files.registry
 
 
 def _fetch(files: pooch.Pooch, name: str, progress: bool = False) -> Path:

@@ -73,7 +73,7 @@ def case_files(folder: Path, split: str) -> dict[str, tuple[Path, Path]]:
     found = _files(folder, split)
     cases = [case for case in found if split == "train" or (case in OFFICIAL_TEST) == (split == "test")]
     if not cases:
-        only = ", only official test cases: the split 'test'" if found and split == "validation" else ""
+        only = ", only official test cases: the split 'test' (--split test)" if found and split == "validation" else ""
         looked = " or ".join(FOLDERS[split])
         raise DataError(f"{folder} holds no case of the split {split!r} in {looked}{only}. Fetch the data again.")
     return {case: found[case] for case in cases}
@@ -114,13 +114,10 @@ def read_vessels(path: Path, case: str) -> torch.Tensor:
     return mask[:, :, : LONGEST_LAST_AXIS.get(case)]
 
 
-def read_correspondences(path: Path, offset: Sequence[int]) -> torch.Tensor:
-    """Automatic correspondences of a training pair, float (K, 2, 3), in voxels of the common frame.
+def read_correspondences(path: Path) -> torch.Tensor:
+    """Automatic correspondences of a training patient, float (K, 2, 3), in voxels of the whole volume.
 
-    They were computed from the CTs, not from the vessels. Those with a point outside the frame are left out.
-
-    The file has lines of ``fixed x, y, z, moving x, y, z`` in voxels of the whole volume, which lies at ``offset`` of
-    the frame (:func:`~pairdiff_core.data.lung_frame.frame_offset`).
+    They were computed from the CTs, not from the vessels. The file has lines of ``fixed x, y, z, moving x, y, z``.
 
     Raises:
         DataError: if the file is anything but lines of six numbers.
@@ -129,11 +126,15 @@ def read_correspondences(path: Path, offset: Sequence[int]) -> torch.Tensor:
         table = np.loadtxt(path, np.float32, delimiter=",", ndmin=2, encoding="utf-8")
     except ValueError as error:  # a UnicodeDecodeError is one, too
         raise DataError(f"{path} is not a table of numbers ({error}). Fetch it again.") from error
-    if table.shape[1] != 6 or not np.isfinite(table).all():
+    if table.shape[1] != 6 or not len(table) or not np.isfinite(table).all():
         raise DataError(f"{path} must hold six numbers a line, fixed x,y,z,moving x,y,z. Fetch it again.")
-    points = torch.from_numpy(table).reshape(-1, 2, 3) + torch.tensor(offset)  # (K, 6) -> (K, 2, 3)
-    inside = ((points >= -0.5) & (points < torch.tensor(FRAME) - 0.5)).flatten(1).all(1)
-    return points[inside]
+    return torch.from_numpy(table).reshape(-1, 2, 3)  # (K, 6) -> (K, 2, 3)
+
+
+def in_frame(points: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Correspondences (K, 2, 3) of a volume of this shape in voxels of the common frame, but for those outside."""
+    framed = points + torch.tensor(frame_offset(shape))
+    return framed[((framed >= -0.5) & (framed < torch.tensor(FRAME) - 0.5)).flatten(1).all(1)]
 
 
 def read_validation_landmarks(path: Path, cases: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -217,7 +218,7 @@ def load_lung250m_pairs(
                 raise DataError(f"{path} holds no vessel in the common frame. Fetch it again.")
         points, table = known.get(case, torch.empty((0, 2, 3))), folder / CORRESPONDENCES / f"{case}.csv"
         if split == "train" and table.is_file():
-            points = read_correspondences(table, frame_offset(fixed.shape))
+            points = in_frame(read_correspondences(table), fixed.shape)
         labels[index] = F.max_pool3d(framed, factor)
         landmarks.append(points if factor == 1 else fields.resize_points(points, FRAME, spatial))
     return lung_pair_set(labels, chosen, landmarks)
