@@ -18,10 +18,12 @@ from pairdiff_core.apps.register import register
 from pairdiff_core.apps.run import run
 from pairdiff_core.errors import PairDiffError
 
-LESS_MEMORY = (
-    "memory ran out. Choose a smaller profile (--profile quick), coarser or cropped volumes, or no network; to train "
-    "at this profile, lower the stage's batch in pairdiff_core/profiles.py."
-)
+LESS_MEMORY = {  # what to do about it, by command
+    "run": "Choose a smaller profile (--profile quick), or lower the stage's batch in pairdiff_core/profiles.py.",
+    "register": "Give coarser or cropped volumes, or fewer labels.",
+    "evaluate": "Choose a smaller profile (--profile quick), or for --pair coarser or cropped volumes.",
+    "apply": "Give a coarser or cropped grid, for images by --onto.",
+}
 
 
 class Commands(TyperGroup):
@@ -38,7 +40,8 @@ class Commands(TyperGroup):
             full_gpu = type(error).__name__ == "OutOfMemoryError"
             if not isinstance(error, MemoryError) and not full_gpu and "allocate memory" not in str(error):
                 raise
-            message = LESS_MEMORY
+            advice = LESS_MEMORY.get(ctx.invoked_subcommand or "", "End other programs, or take a larger machine.")
+            message = f"memory ran out. {advice}"
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             message = f"{where}{error.strerror or error}. Look whether it is there, readable and not full."

@@ -1,4 +1,4 @@
-"""``pairdiff evaluate``: a registration method on held-out pairs, case by case."""
+"""``pairdiff evaluate``: a registration method on held-out pairs, case by case, or on one pair of files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from pairdiff_core.apps.options import (
     DatasetName,
     Levels,
     NetworkName,
+    Overwrite,
     ProfileName,
+    Quiet,
+    Resample,
     RunOrModel,
     Seed,
     Steps,
     chosen_profile,
     refuse,
 )
-from pairdiff_core.apps.register import check_outputs
+from pairdiff_core.apps.outputs import check_outputs
 from pairdiff_core.errors import DataError
-from pairdiff_core.profiles import DATASETS, SPLITS, with_levels
+from pairdiff_core.profiles import DATASETS, SPLITS, get_profile, with_levels
 
 SHOWN = {"tre_mm": "TRE {:.2f} mm", "dice": "Dice {:.3f}", "folding_percent": "folding {:.3f} %", "seconds": "{:.1f} s"}
 
@@ -31,58 +34,105 @@ Method = Literal["before", "baseline", "network", "network+instance"]
 
 
 def evaluate(
-    dataset: Annotated[DatasetName, typer.Option(help="Whose pairs.")],
-    split: Annotated[Literal[SPLITS[1:]], typer.Option(help="test: official cases of lung250m.")] = "validation",
+    dataset: Annotated[DatasetName | None, typer.Option(help="Whose pairs; or give --pair.")] = None,
+    split: Annotated[
+        Literal[SPLITS[1:]] | None, typer.Option(help="Default: validation. test: official cases of lung250m.")
+    ] = None,
     cases: Annotated[str | None, typer.Option(help="Only these cases of lung250m, such as 008,054.")] = None,
     data: DataFolder = None,
+    pair: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Instead of a data set: a fixed and a moving label volume.")
+    ] = None,
+    landmarks: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Of the pair: CSV files with x,y,z in mm (RAS), fixed and moving, in one order."),
+    ] = None,
+    field: Annotated[
+        Path | None, typer.Option(help="For the pair: score this displacement field, of register or others.")
+    ] = None,
+    resample: Resample = False,
     run: RunOrModel = None,
-    method: Annotated[Method | None, typer.Option(help="Default: network+instance with --run, else baseline.")] = None,
+    method: Annotated[
+        Method | None, typer.Option(help="Default: network+instance with --run, else baseline; for --pair, before.")
+    ] = None,
     network: NetworkName = None,
     levels: Levels = None,
     steps: Steps = None,
     profile: Annotated[ProfileName | None, typer.Option(help="Default: the run's, PAIRDIFF_PROFILE or laptop.")] = None,
     seed: Seed = None,
     json: Annotated[Path | None, typer.Option(help="File to write cases and summary to.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Measure a registration method on held-out pairs of a data set: landmark error, Dice, regularity, time.
+    """Measure registration: landmark error, Dice, regularity, time; on held-out pairs of a data set, or on one pair.
 
-    Example: pairdiff evaluate --dataset phantom3d --profile quick
+    \b
+    Example:
+      pairdiff evaluate --dataset phantom3d --profile quick
+      pairdiff evaluate --pair fixed.nii.gz moving.nii.gz --landmarks fixed.csv moving.csv --field field.nii.gz
     """
-    method = method or ("network+instance" if run else "baseline")
+    if (dataset is None) == (pair is None):
+        raise typer.BadParameter("give either --dataset or --pair", param_hint="--dataset")
+    if pair is None:
+        refuse("goes with --pair", landmarks=landmarks, field=field, resample=resample)
+    else:
+        of_data_sets = {"split": split, "cases": cases, "data": data, "profile": profile, "seed": seed}
+        refuse("goes with --dataset, not with --pair", **of_data_sets)
+    if field is not None:
+        registering = {"run": run, "method": method, "network": network, "levels": levels, "steps": steps}
+        refuse("does not go with --field, which is scored as it is", **registering)
+    method = method or ("network+instance" if run else "baseline" if dataset else "before")
     if method.startswith("network") and run is None:
         raise typer.BadParameter(f"{method} needs a trained network: give --run", param_hint="--method")
-    if run is None:
-        refuse("names a network of a run: give --run, too", network=network)
-    check_outputs({"--json": json})
+    if not method.startswith("network"):
+        refuse(f"names a network, but {'--run is missing' if run is None else f'{method} takes none'}", network=network)
+    if method == "before":
+        refuse("is for a method that registers: give --method", levels=levels, steps=steps)
+    read = [*(pair or ()), *(landmarks or ()), *([field] if field else [])]
+    check_outputs({"--json": json}, read, overwrite)
 
     from tqdm import tqdm
 
     from pairdiff_core import registration
+    from pairdiff_core.apps.one_case import as_case, score_case
     from pairdiff_core.apps.registrars import chosen_registrar, opened
+    from pairdiff_core.apps.volume_files import read_pair
     from pairdiff_core.data import load_pairs
     from pairdiff_core.storage import fingerprint, provenance, write_json
     from pairdiff_core.training import best_device
 
     own = opened(run)
-    if own and profile is None and own.profile.spatial_dims == DATASETS[dataset]:
+    by_network, volumes = own if method.startswith("network") else None, None
+    if pair is not None:
+        volumes = read_pair(*pair, resample)
+        pairs = as_case(volumes, landmarks)
+        settings = by_network.profile if by_network else get_profile("laptop", pairs.spatial_dims)
+    elif own and profile is None and own.profile.spatial_dims == DATASETS[dataset]:
         settings = own.profile
     else:
         settings = chosen_profile(dataset, profile, "laptop")
-    seed = seed if seed is not None else own.seed if own else 0
+    known = own.profile if by_network else settings
+    if (known.spatial_dims, known.num_labels) != (settings.spatial_dims, settings.num_labels):
+        raise DataError(f"{own.path} knows other axes or labels than {dataset} has. Choose another run or profile.")
     registrar, described = None, {}
-    if method == "baseline":
-        registrar, described = chosen_registrar(with_levels(settings, levels, steps))
-    elif method != "before":
-        if (own.profile.spatial_dims, own.profile.num_labels) != (settings.spatial_dims, settings.num_labels):
-            raise DataError(f"{own.path} knows other axes or labels than {dataset} has. Choose another run or profile.")
+    if method != "before":
         instance = method == "network+instance" and steps != 0
-        registrar, described = chosen_registrar(with_levels(own.profile, levels, steps), own, network, instance)
-    names = cases.split(",") if cases else None
-    pairs = load_pairs(dataset, split, settings, data=data, seed=seed, cases=names)
+        registrar, described = chosen_registrar(with_levels(known, levels, steps), by_network, network, instance)
+    seed = seed if seed is not None else own.seed if own else 0
+    if volumes is None:
+        split = split or "validation"
+        pairs = load_pairs(dataset, split, settings, data=data, seed=seed, cases=cases.split(",") if cases else None)
+        measuring = registration.evaluate(pairs, registrar)
+    else:
+        split = "pair"
+        for note in [*volumes.notes, *(volumes.merged_by(settings) if by_network else [])] if not quiet else ():
+            typer.echo(f"note: {note}", err=True)
+        measuring = iter([score_case(volumes, pairs, registrar, by_network and settings, field)])
     made_by = provenance(settings.name, seed, best_device(), {split: fingerprint(pairs.labels)})
-    made_by |= {"dataset": dataset, "split": split, "pairs": len(pairs), "method": method, **described}
+    made_by |= {"dataset": dataset, "split": split, "pairs": len(pairs), "method": "field" if field else method}
+    made_by |= {"files": [str(path) for path in read], **described}
     measured = []
-    for case in (bar := tqdm(registration.evaluate(pairs, registrar), total=len(pairs), disable=None)):
+    for case in (bar := tqdm(measuring, total=len(pairs), disable=quiet or None)):
         measured.append(case)
         texts = [text.format(case[key]) for key, text in SHOWN.items() if case.get(key) is not None]
         bar.write("  ".join([case["name"], *texts]), file=sys.stdout)

@@ -20,6 +20,9 @@ Levels = Annotated[int | None, typer.Option(min=1, help="Only the first levels o
 NetworkName = Annotated[str | None, typer.Option(help="Which network of the run; default: synthetic.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only results, warnings and errors: no bars, notes or progress.")]
+Resample = Annotated[
+    bool, typer.Option("--resample", help="Resample a moving volume on another grid by nearest neighbour.")
+]
 RunOrModel = Annotated[str | None, typer.Option(help="Run folder, or pretrained model such as oasis2d-laptop.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Of everything random.")]
 Steps = Annotated[int | None, typer.Option(min=0, help="At each level of the optimisation; 0 for none.")]
@@ -28,7 +31,7 @@ Steps = Annotated[int | None, typer.Option(min=0, help="At each level of the opt
 def refuse(why: str, **given: Any) -> None:
     """Refuse as wrong use the first of these options that was given, by its name in Python; ``why`` follows it."""
     for name, value in given.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             option = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"{option} {why}", param_hint=option)
 

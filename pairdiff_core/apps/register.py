@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pairdiff_core.apps.options import Levels, NetworkName, Overwrite, Quiet, RunOrModel, Steps, refuse
+from pairdiff_core.apps.options import Levels, NetworkName, Overwrite, Quiet, Resample, RunOrModel, Steps, refuse
 from pairdiff_core.apps.outputs import check_outputs
 
 
@@ -23,9 +23,7 @@ def register(
     network: NetworkName = None,
     steps: Steps = None,
     levels: Levels = None,
-    resample: Annotated[
-        bool, typer.Option("--resample", help="Resample a moving volume on another grid by nearest neighbour.")
-    ] = False,
+    resample: Resample = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

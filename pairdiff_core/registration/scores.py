@@ -43,12 +43,19 @@ def evaluate(pairs: PairSet, method: Method | None = None) -> Iterator[Case]:
         found = method(some) if method else None
         seconds = (time.perf_counter() - started) / len(some)
         for index in range(len(some)):
-            case = _score(some[index], found[index : index + 1] if found else None)
+            case = score_pair(some[index], found[index : index + 1] if found else None)
             yield case | {"seconds": seconds} if found else case
 
 
-def _score(pair: PairSet, found: Deformation | None) -> Case:
-    moved = found.warp_labels(pair.moving) if found else pair.moving
+def score_pair(pair: PairSet, found: Deformation | None = None, moved: torch.Tensor | None = None) -> Case:
+    """One case of :func:`evaluate` without its seconds, from a set of one pair.
+
+    Args:
+        found: None: as the pair is.
+        moved: the moving labels uint8 (1, *spatial) after registration; None: warped by ``found``.
+    """
+    if moved is None:
+        moved = found.warp_labels(pair.moving) if found else pair.moving
     dice = metrics.dice(moved, pair.fixed, pair.num_labels)
     surface = metrics.hausdorff95(moved, pair.fixed, pair.num_labels, pair.spacing)
     case: Case = {
@@ -103,6 +110,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, Any]:
     """:func:`summarise` of all pairs, registered by a deformation or, without one, as they are."""
     cases = [
-        _score(pairs[index], deformation[index : index + 1] if deformation else None) for index in range(len(pairs))
+        score_pair(pairs[index], deformation[index : index + 1] if deformation else None) for index in range(len(pairs))
     ]
     return summarise(cases, pairs.label_names)

@@ -80,7 +80,7 @@ def check_config(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if different:
         raise CheckpointError(
             f"{path} was made with other settings ({', '.join(different)} differ from now). It stays as it is: "
-            "choose another run folder (PAIRDIFF_RUNS), or delete the file to make it again."
+            "choose another run folder (--run; in Python, PAIRDIFF_RUNS), or delete the file to make it again."
         )
 
 

@@ -1,0 +1,88 @@
+"""One pair of files as a case to score: by landmarks in files, and with a field of one's own."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pairdiff_core.apps.field_files import Field, read_field, read_landmarks
+from pairdiff_core.apps.grids import sample
+from pairdiff_core.apps.volume_files import VolumePair
+from pairdiff_core.errors import DataError
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.profiles import Profile
+from pairdiff_core.registration import Case, Deformation, Method, score_pair
+
+
+def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> PairSet:
+    """The pair with its own labels, and with landmarks from CSV files (x, y, z in mm, RAS, a line each, in one order).
+
+    Raises:
+        DataError: if a file is bad, or they do not hold the same number of landmarks; the message names the file.
+    """
+    pairs = replace(volumes.pairs(), label_names=tuple(f"{value:g}" for value in volumes.values))
+    if landmarks is None:
+        return pairs
+    fixed, moving = (read_landmarks(path) for path in landmarks)
+    if fixed.shape != moving.shape:
+        numbers = " x ".join(map(str, fixed.shape)), " x ".join(map(str, moving.shape))
+        raise DataError(
+            f"{landmarks[1]} holds {numbers[1]} numbers, but {landmarks[0]} {numbers[0]}: give the same points."
+        )
+    to_fixed_grid = np.linalg.inv(volumes.to_moving) @ np.linalg.inv(volumes.grids[1].world)
+    points = [_voxels(fixed, np.linalg.inv(volumes.grids[0].world)), _voxels(moving, to_fixed_grid)]
+    kept = np.stack(points, 1)[..., volumes.spatial_axes]  # (K, 2, D)
+    return replace(pairs, landmarks=(torch.from_numpy(kept).float(),))
+
+
+def _voxels(points: np.ndarray, to_voxels: np.ndarray) -> np.ndarray:
+    """Points (K, 3) in mm, or (K, 2) at 0 of the third axis, as voxel coordinates (K, 3)."""
+    millimetres = np.pad(points, [(0, 0), (0, 3 - points.shape[1])])
+    return millimetres @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+
+
+def displacement_on(volumes: VolumePair, field: Field) -> torch.Tensor:
+    """The displacement (D, *spatial) of a field from a file, in voxels of the pair's grid; 0 outside the field."""
+    fixed, moving = volumes.grids
+    to_field = np.linalg.inv(field.onto(fixed, volumes.paths[0]))
+    back = np.linalg.inv(volumes.to_moving) @ field.onto(moving, volumes.paths[1])  # from voxels of the field
+    still = np.broadcast_to(np.float32(0), (3, *fixed.shape))
+    moves = np.stack([sample(part, still, before=to_field, order=1) for part in field.displacement])
+    centres = np.indices(fixed.shape, dtype=np.float64)
+    stays = (back @ to_field - np.eye(4))[:3]  # what two forms in one header make of a field of 0
+    found = np.tensordot(back[:3, :3], moves, 1) + np.tensordot(stays[:, :3], centres, 1)
+    found += stays[:, 3].reshape(3, 1, 1, 1)
+    axes = list(volumes.spatial_axes)
+    return torch.from_numpy(found[axes].reshape(len(axes), *volumes.labels.shape[1:])).float()
+
+
+def score_case(
+    volumes: VolumePair,
+    pairs: PairSet,
+    registrar: Method | None = None,
+    profile: Profile | None = None,
+    field: Path | None = None,
+) -> Case:
+    """The case of a pair of files: as it is, registered, or with a field; Dice is that of what ``--warped`` writes.
+
+    Args:
+        pairs: of :func:`as_case`.
+        registrar: how to register; None for not.
+        profile: of the registrar's network, whose labels it takes; None without a network.
+        field: a displacement field; its inverse is not known, and so the case has no inverse consistency.
+    """
+    if field is not None:
+        displacement = displacement_on(volumes, read_field(field))
+        found = Deformation(displacement[None], torch.zeros_like(displacement)[None])
+        case = score_pair(pairs, found, volumes.warped_labels(displacement)[None])
+        return {name: value for name, value in case.items() if name != "inverse_consistency_error"}
+    if registrar is None:
+        return score_pair(pairs)
+    given, started = volumes.pairs(profile), time.perf_counter()
+    found = registrar(given)
+    seconds = time.perf_counter() - started
+    return score_pair(pairs, found, volumes.warped_labels(found.displacement[0])[None]) | {"seconds": seconds}
