@@ -94,6 +94,7 @@ def evaluate(
     from tqdm import tqdm
 
     from pairdiff_core import registration
+    from pairdiff_core.apps.cost import note_cost
     from pairdiff_core.apps.one_case import as_case, score_case
     from pairdiff_core.apps.registrars import chosen_registrar, opened
     from pairdiff_core.apps.volume_files import read_pair
@@ -114,23 +115,27 @@ def evaluate(
     known = own.profile if by_network else settings
     if (known.spatial_dims, known.num_labels) != (settings.spatial_dims, settings.num_labels):
         raise DataError(f"{own.path} knows other axes or labels than {dataset} has. Choose another run or profile.")
-    registrar, described = None, {}
+    registrar, about = None, {"method": "field" if field else method}
     if method != "before":
         instance = method == "network+instance" and steps != 0
-        registrar, described = chosen_registrar(with_levels(known, levels, steps), by_network, network, instance)
+        levelled = with_levels(known, levels, steps)
+        registrar, described = chosen_registrar(levelled, by_network, network, instance)
+        about |= described
     seed = seed if seed is not None else own.seed if own else 0
     if volumes is None:
         split = split or "validation"
         pairs = load_pairs(dataset, split, settings, data=data, seed=seed, cases=cases.split(",") if cases else None)
+        about |= {"dataset": dataset}
         measuring = registration.evaluate(pairs, registrar)
     else:
-        split = "pair"
+        split, about["files"] = "pair", [str(path) for path in read]
         for note in [*volumes.notes, *(volumes.merged_by(settings) if by_network else [])] if not quiet else ():
             typer.echo(f"note: {note}", err=True)
-        measuring = iter([score_case(volumes, pairs, registrar, by_network and settings, field)])
+        measuring = (score_case(volumes, pairs, registrar, by_network and settings, field) for _ in range(1))
+    if registrar is not None and not quiet:
+        note_cost(pairs, with_levels(levelled, steps=0) if method == "network" else levelled, by_network is not None)
     made_by = provenance(settings.name, seed, best_device(), {split: fingerprint(pairs.labels)})
-    made_by |= {"dataset": dataset, "split": split, "pairs": len(pairs), "method": "field" if field else method}
-    made_by |= {"files": [str(path) for path in read], **described}
+    made_by |= {"split": split, "pairs": len(pairs), **about}
     measured = []
     for case in (bar := tqdm(measuring, total=len(pairs), disable=quiet or None)):
         measured.append(case)

@@ -35,6 +35,7 @@ def register(
         refuse("names a network of a run: give --run, too", network=network)
     check_outputs({"--out": out, "--inverse": inverse, "--warped": warped}, (fixed, moving), overwrite)
 
+    from pairdiff_core.apps.cost import bars, note_cost
     from pairdiff_core.apps.registrars import chosen_registrar, note_differences, opened
     from pairdiff_core.apps.volume_files import read_pair, write_field, write_nifti
     from pairdiff_core.profiles import get_profile, with_levels
@@ -42,12 +43,13 @@ def register(
     own, pair = opened(run), read_pair(fixed, moving, resample)
     pairs = pair.pairs(own.profile if own else None)
     profile = with_levels(own.profile if own else get_profile("laptop", pairs.spatial_dims), levels, steps)
-    registrar, _ = chosen_registrar(profile, own, network, steps != 0)
+    registrar, _ = chosen_registrar(profile, own, network, steps != 0, iter if quiet else bars())
     if not quiet:
         for note in [*pair.notes, *(pair.merged_by(own.profile) if own else [])]:
             typer.echo(f"note: {note}", err=True)
         if own:
             note_differences(pair, pairs, own)
+        note_cost(pairs, profile, own is not None)
     started = time.perf_counter()
     found = registrar(pairs)
     seconds, displacement = time.perf_counter() - started, found.displacement[0]

@@ -24,13 +24,17 @@ def opened(run: str | None) -> Run | None:
 
 
 def chosen_registrar(
-    profile: Profile, own: Run | None = None, network: str | None = None, instance: bool = True
+    profile: Profile,
+    own: Run | None = None,
+    network: str | None = None,
+    instance: bool = True,
+    watch: registration.Watch = iter,
 ) -> tuple[Callable[[PairSet], registration.Deformation], dict[str, Any]]:
     """How to register, by a network of a run or by optimisation alone, and its description for JSON."""
-    options, described = {}, {"settings": to_json(profile.registration)}
+    options, described = {"watch": watch}, {"settings": to_json(profile.registration)}
     if own:
         trained = pipeline.load_model(own.path, f"registration-{network or 'synthetic'}")
-        options = {"network": trained.model, "instance": instance, "trained_spacing": _trained_grid(own)[1]}
+        options |= {"network": trained.model, "instance": instance, "trained_spacing": _trained_grid(own)[1]}
         described |= {"run": str(own.path), "network": trained.fingerprint}
     return partial(registration.register, profile=profile, **options), described
 
