@@ -24,9 +24,14 @@ class Field:
 
     displacement: np.ndarray  # (3, X, Y, Z), in voxels of the grid
     grid: Grid
-    world: np.ndarray  # (4, 4), voxel to world, mm, RAS, that the field is meant for
+    flat: bool  # whether its vectors have two components
     form: str  # "itk" or "l2r"
     path: Path
+
+    @property
+    def world(self) -> np.ndarray:
+        """(4, 4), voxel to world, mm, RAS, as SimpleITK reads the field."""
+        return self.grid.field_world if self.flat else self.grid.world
 
     def onto(self, other: Grid, path: Path) -> np.ndarray:
         """The matrix (4, 4) from voxels of the field to voxels of an image.
@@ -34,16 +39,11 @@ class Field:
         Millimetres lead to where SimpleITK sees the image; voxels count on the image's own grid, if it is that of the
         field but for the order and direction of its axes.
         """
-        same = same_place(self.grid, other) if self.form == "l2r" else None
-        if same is not None:
+        if self.form == "l2r" and (same := same_place(self.grid, other)) is not None:
             return same
-        flat = self.form == "itk" and not np.array_equal(self.world, self.grid.world)
-        if flat and other.shape[2] > 1:
+        if self.flat and other.shape[2] > 1:
             raise DataError(f"{self.path} is a field of two dimensions, but {path} is a volume. Give a slice.")
-        return (
-            np.linalg.inv(other.field_world if flat or other.shape[2] == 1 == self.grid.shape[2] else other.world)
-            @ self.world
-        )
+        return np.linalg.inv(other.field_world if self.flat else other.world) @ self.world
 
 
 def read_field(path: str | Path, form: str | None = None) -> Field:
@@ -70,14 +70,13 @@ def read_field(path: str | Path, form: str | None = None) -> Field:
     if not np.isfinite(vectors).all():
         raise DataError(f"{path} holds NaN or infinite values. Make the field again.")
     grid, form = Grid.of(image), form or found
-    world = grid.field_world if dims == 2 else grid.world
-    displacement = np.zeros((3, *grid.shape), np.float32)
-    displacement[:dims] = np.moveaxis(vectors, -1, 0)
+    field = Field(np.zeros((3, *grid.shape), np.float32), grid, dims == 2, form, path)
+    field.displacement[:dims] = np.moveaxis(vectors, -1, 0)
     if form == "itk":  # millimetres along LPS -> RAS -> voxels
-        displacement[:2] *= -1
-        to_voxels = np.linalg.inv(world)[:dims, :dims].astype(np.float32)
-        displacement[:dims] = np.tensordot(to_voxels, displacement[:dims], axes=1)
-    return Field(displacement, grid, world, form, path)
+        field.displacement[:2] *= -1
+        to_voxels = np.linalg.inv(field.world)[:dims, :dims].astype(np.float32)
+        field.displacement[:dims] = np.tensordot(to_voxels, field.displacement[:dims], axes=1)
+    return field
 
 
 def warp_image(
@@ -95,7 +94,7 @@ def warp_image(
     """
     values, image = read_image(moving)
     values, grid = one_volume(values, moving), Grid.of(image)
-    interpolation = interpolation or ("nearest" if values.dtype.kind in "iub" else "linear")
+    interpolation = interpolation or ("nearest" if values.dtype.kind in "iu" else "linear")
     if interpolation == "linear":
         values = values.astype(np.result_type(values.dtype, np.float32))
     target, shape, displacement, before = field.grid, field.grid.shape, field.displacement, None
@@ -129,14 +128,17 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     rows, columns = _read_points(points)
     table = _table(rows, columns)
     given = table.shape[1]
+    if given == 2 and field.grid.shape[2] > 1:
+        raise DataError(f"{points} has no z, but {field.path} is a field of a volume. Give columns x, y, z.")
+    world = field.world if given == 2 else field.grid.world
     places = np.column_stack([table, np.zeros((len(table), 3 - given)), np.ones(len(table))]).T  # (4, K)
-    index = places if voxels else np.linalg.inv(field.world) @ places
+    index = places if voxels else np.linalg.inv(world) @ places
     at = index[:3].reshape(3, -1, 1, 1)
     still = np.eye(4) * [0, 0, 0, 1]  # places are all in the displacement
     moves = np.stack([sample(part, at, before=still, order=1) for part in field.displacement]).reshape(3, -1)
     moved = index.copy()
     moved[:3] += moves
-    moved = moved if voxels else field.world @ moved
+    moved = moved if voxels else world @ moved
     outside = int(((at < -0.5) | (at > np.reshape(field.grid.shape, (3, 1, 1, 1)) - 0.5)).any(axis=0).sum())
     for row, place in zip(rows, moved[:given].T, strict=True):
         for column, value in zip(columns, place, strict=True):
@@ -147,7 +149,7 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     notes = [note] if not voxels and (note := field.grid.note(field.path)) else []
     if outside:
         notes.append(f"{outside} of {len(rows)} landmarks lie outside the field and stay where they are.")
-    return f"{out}: {len(rows)} landmarks, {'voxels' if voxels else 'mm'}", notes
+    return f"{out}: {len(rows)} landmark{'s' * (len(rows) != 1)}, {'voxels' if voxels else 'mm'}", notes
 
 
 def read_landmarks(path: Path) -> np.ndarray:

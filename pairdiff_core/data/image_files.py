@@ -62,8 +62,8 @@ def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
         values = np.asanyarray(image.dataobj)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
-    if values.dtype.kind not in "uifb":
-        raise DataError(f"{path} holds {values.dtype} values; one number a voxel is needed. Export it again.")
+    if values.dtype.kind not in "uif":
+        raise DataError(f"{path} holds {values.dtype} values, not numbers. Export it again, labels as whole numbers.")
     return values.astype(values.dtype.newbyteorder("="), copy=False), image
 
 

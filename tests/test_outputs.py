@@ -1,0 +1,104 @@
+"""What is read is never written over, whatever its name is spelled like, and what exists only when asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cli import box, call, fails, works, write
+
+from pairdiff_core.apps.outputs import check_outputs
+from pairdiff_core.errors import DataError
+
+
+def spellings(folder: Path) -> dict[str, Path]:
+    """Names of the file ``in/m.nii.gz`` and, where there are any, of one that does not exist yet, ``in/u.nii.gz``."""
+    (folder / "in").mkdir()
+    (folder / "linked").symlink_to("in")
+    (folder / "in" / "m.nii.gz").write_bytes(b"precious")
+    (folder / "link.nii.gz").symlink_to("in/m.nii.gz")
+    (folder / "chain.nii.gz").symlink_to("linked/../link.nii.gz")
+    os.link(folder / "in" / "m.nii.gz", folder / "hard.nii.gz")
+    return {
+        "itself": folder / "in" / "m.nii.gz",
+        "dots": folder / "in" / ".." / "in" / "m.nii.gz",
+        "link": folder / "link.nii.gz",
+        "chain": folder / "chain.nii.gz",
+        "linked folder": folder / "linked" / "m.nii.gz",
+        "hard link": folder / "hard.nii.gz",
+    }
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_spelling_of_an_input_is_an_output(tmp_path, monkeypatch, overwrite, relative):
+    monkeypatch.chdir(tmp_path)
+    found = spellings(tmp_path)
+    for one in found.values():
+        for other in found.values():
+            other = other.relative_to(tmp_path) if relative else other
+            with pytest.raises(typer.BadParameter, match="named twice"):
+                check_outputs({"--out": other}, (one,), overwrite)
+
+
+def test_two_outputs_are_two_files_even_before_they_exist(tmp_path):
+    spellings(tmp_path)
+    (tmp_path / "dangling.nii.gz").symlink_to("in/u.nii.gz")
+    names = ["in/u.nii.gz", "linked/u.nii.gz", "in/../in/u.nii.gz", "dangling.nii.gz"]
+    for one in names:
+        for other in names:
+            with pytest.raises(typer.BadParameter, match="named twice"):
+                check_outputs({"--out": tmp_path / one, "--warped": tmp_path / other}, (), overwrite=True)
+    check_outputs({"--out": tmp_path / "in/u.nii.gz", "--warped": tmp_path / "linked/w.nii.gz"})
+
+
+steps = st.lists(st.sampled_from(["in", "linked", "..", "."]), max_size=6)
+
+
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(one=steps, other=steps, names=st.tuples(*[st.sampled_from(["m.nii.gz", "u.nii.gz"])] * 2))
+def test_paths_are_one_file_exactly_if_the_system_says_so(tmp_path, one, other, names):
+    if not (tmp_path / "in").exists():
+        spellings(tmp_path)
+    paths = [tmp_path.joinpath("in", *steps, name) for steps, name in zip((one, other), names, strict=True)]
+    if not all(path.parent.is_dir() for path in paths):
+        return
+    same = os.path.samefile(*(path.parent for path in paths)) and names[0] == names[1]
+    try:
+        check_outputs({"--out": paths[0]}, (paths[1],), overwrite=True)
+        refused = False
+    except typer.BadParameter:
+        refused = True
+    except DataError:  # a folder that may not be written to, such as one above the temporary ones
+        return
+    assert refused == same
+
+
+def test_what_exists_is_replaced_only_when_asked_for(tmp_path):
+    paths = write(tmp_path / "f.nii.gz", box((20, 18, 16))), write(tmp_path / "m.nii.gz", box((20, 18, 16), 2))
+    out = tmp_path / "u.nii.gz"
+    out.write_bytes(b"older")
+    fails(call("register", *paths, "--out", out, "--steps", 1), f"{out} exists. Give --overwrite")
+    assert out.read_bytes() == b"older"
+    works(call("register", *paths, "--out", out, "--steps", 1, "--overwrite"))
+    assert out.read_bytes() != b"older"
+    fails(call("apply", out, paths[1], "--out", out, "--overwrite"), "named twice", code=2)
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to("nowhere.nii.gz")
+    fails(call("apply", out, paths[1], "--out", link), "exists. Give --overwrite")
+
+
+def test_the_moving_image_outlives_register(tmp_path):
+    """The input of issue 24."""
+    fixed, moving = (
+        write(tmp_path / "f.nii.gz", box((20, 18, 16))),
+        write(tmp_path / "in/m.nii.gz", box((20, 18, 16), 2)),
+    )
+    before = moving.read_bytes()
+    out = tmp_path / "in" / ".." / "in" / "m.nii.gz"
+    fails(call("register", fixed, moving, "--out", out, "--steps", 1, "--overwrite"), "named twice", code=2)
+    assert moving.read_bytes() == before
