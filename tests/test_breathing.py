@@ -171,3 +171,14 @@ def test_the_real_motions_are_fitted_and_do_not_fold(real_motions):
 @real_data
 def test_no_motion_is_that_of_a_held_out_patient(real_motions):
     assert not {*real_motions.cases} & {*case_files(REAL, "validation"), *OFFICIAL_TEST}
+
+
+def test_the_more_components_the_less_is_left_of_a_left_out_motion():
+    from benchmarks.breathing import left_out_residuals
+
+    known = fit_motions({str(depth): correspondences(depth=depth) for depth in (8.0, 12.0, 20.0, 24.0, 30.0)})
+    points = 0.5 * correspondences(depth=16.0, seed=1) + 100
+    left = left_out_residuals(points, known.displacement)
+    assert left["none"] == pytest.approx((points[:, 1] - points[:, 0]).norm(dim=1).mean().item(), rel=1e-4)
+    assert left["none"] > left["aligned"] and left["none"] > left["mean"] > left["1"] >= left["2"] >= left["4"]
+    assert left["1"] < 0.3, "the depth is all that varies"
