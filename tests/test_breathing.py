@@ -149,6 +149,14 @@ def test_a_drawn_motion_does_not_fold():
 # ------------------------------------------------------------------------------------------------------- files
 
 
+def test_phantom_motions_are_those_of_other_phantoms():
+    motions = breathing.load_motions("phantom3d")
+    assert len(motions) == breathing.PHANTOMS and max(motions.residual_mm) < 1.0
+    deepest = NODE_MM * motions.displacement.norm(dim=1).flatten(1).amax(1)
+    assert 15 < deepest.min() < deepest.max() < 40
+    assert not {*motions.cases} & {name[:10] for name in lung_pairs(2, spatial=(64, 52, 64), first_subject=5000).names}
+
+
 def test_a_folder_without_motions_says_how_to_get_them(tmp_path):
     with pytest.raises(DataError, match="holds no motions. Fetch them"):
         read_motions(tmp_path)

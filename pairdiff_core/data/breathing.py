@@ -3,7 +3,7 @@
 A *motion* is a displacement from breathed in to breathed out. Those of the 79 training patients of Lung250M-4B come
 from automatic correspondences (``corrfieldTr/case_NNN.csv``), **computed from the CTs, not from vessels**. The volumes
 of most of these patients are not public, so a motion is placed by the box of its points, the 2nd to 98th percentiles
-along each axis. All motions lie in one box, ``STANDARD_BOX``, on a grid of 8 mm.
+along each axis. All motions lie in one box, ``STANDARD_BOX``, on a grid of 8 mm. Phantoms have motions of their own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from scipy import ndimage
 
 from pairdiff_core import fields
-from pairdiff_core.data.lung250m import CORRESPONDENCES, read_correspondences
+from pairdiff_core.data.lung250m import CORRESPONDENCES, find_lung250m, read_correspondences
 from pairdiff_core.data.lung_frame import FRAME
+from pairdiff_core.data.phantom_lungs import lung_correspondences
 from pairdiff_core.errors import DataError
 from pairdiff_core.motion import unfolded
 
+FIRST_PHANTOM, PHANTOMS = 9_000, 12  # numbers of the phantom subjects whose motions are taken, and how many
 NODE_MM = 8
 NODES = tuple(size // NODE_MM for size in FRAME)
 STANDARD_BOX = torch.tensor([[9.0, 24.0, 24.0], [247.0, 184.0, 232.0]])  # mm, as large as that of the 79 on average
@@ -52,6 +54,23 @@ class Motions:
         """A random one of the motions, laid into an image of vessels (H, W, D); see :func:`laid`."""
         index = int(torch.randint(len(self), (1,), generator=generator))
         return laid(self.displacement[index], box_of_vessels(labels), spatial)
+
+
+def load_motions(dataset: str, data: str | Path | None = None, seed: int = 0) -> Motions:
+    """The motions that go with a data set of lungs: of patients, or of phantoms that no other set shows.
+
+    Args:
+        dataset: "lung250m" or "phantom3d".
+        data: folder of the real data; None looks where PAIRDIFF_DATA says.
+        seed: of the phantoms.
+
+    Raises:
+        DataError: as :func:`read_motions`.
+    """
+    if dataset == "lung250m":
+        return read_motions(find_lung250m(data))
+    numbers = range(FIRST_PHANTOM, FIRST_PHANTOM + PHANTOMS)
+    return fit_motions({f"LUNGS_{number:04d}": lung_correspondences(number, seed) for number in numbers})
 
 
 def read_motions(folder: Path) -> Motions:

@@ -73,6 +73,13 @@ def lung_pairs(number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, fi
     return lung_pair_set(labels, people, landmarks, displacement)
 
 
+def lung_correspondences(subject: int, seed: int = 0) -> torch.Tensor:
+    """Where the branches of a phantom subject end, float (K, 2, 3) in mm, breathed in and breathed out."""
+    ends = _grow_trees(np.random.default_rng((seed, subject))).end
+    motion = _breathe_out(torch.Generator().manual_seed((seed << 20) + subject))
+    return torch.from_numpy(np.stack([ends, _move(ends, motion)], 1)).float()
+
+
 def _breathe_out(generator: torch.Generator) -> torch.Tensor:
     """Displacement from breathed in to breathed out, float (1, 3, *NODES), in voxels of the node grid."""
     grid = fields.resize_points(fields.identity_grid(NODES).movedim(0, -1), NODES, FRAME).movedim(-1, 0)
