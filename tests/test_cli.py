@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +25,20 @@ from hypothesis import strategies as st
 from small_run import small_run, small_run_3d
 from typer.testing import CliRunner, Result
 
-from pairdiff_core import registration
-from pairdiff_core.apps import cli
-from pairdiff_core.data import fetch
+from pairdiff_core import registration, vqae
+from pairdiff_core.apps import cli, cost
+from pairdiff_core.apps.field_files import read_field
+from pairdiff_core.apps.one_case import displacement_on
+from pairdiff_core.apps.volume_files import read_pair, write_field
+from pairdiff_core.data import datasets, fetch, oasis
+from pairdiff_core.metrics import inverse_consistency_error
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.pipeline import models, stages
 from pairdiff_core.profiles import PROFILES, get_profile, to_json, with_levels
 
 SHAPE = (20, 18, 16)
-COMMANDS = ("info", "fetch", "run", "register", "evaluate", "export")
+COMMANDS = ("info", "fetch", "run", "register", "apply", "evaluate", "export")
+HEAVY = {"torch", "monai", "nibabel", "numpy", "scipy", "matplotlib", "lightning_fabric", "SimpleITK"}
 BOUNDED = settings(
     deadline=None,
     derandomize=True,  # the same cases each time: a failure is the change's, not the dice's
@@ -97,6 +108,56 @@ def test_help_has_an_example(command):
     assert f"pairdiff {command}" in works(call(command, "--help")).stdout.partition("Example:")[2]
 
 
+WRONG_USE = {
+    "": [""],
+    "run": ["everything --dataset phantom2d", "evaluate --dataset phantom2d", "vqae --dataset mnist", "vqae",
+            "vqae --dataset phantom2d --profile huge", "vqae --dataset phantom2d --seed -1",
+            "vqae --dataset phantom2d --seed 2147483648", "vqae --dataset phantom2d --device gpu",
+            "vqae --model oasis2d-laptop --to new", "synthesis --model oasis2d-laptop", "synthesis --to new",
+            "synthesis --model oasis2d-laptop --to new --dataset oasis2d",
+            "synthesis --model oasis2d-laptop --to new --profile quick",
+            "synthesis --model oasis2d-laptop --to new --run mine",
+            "synthesis --dataset oasis2d --to new", "synthesis --model oasis2d-laptop --to new --max-minutes 1"],
+    "register": [f"fixed.nii.gz moving.nii.gz {options}" for options in (
+        "", "--out u.png", "--out u.nii --format ants", "--out u.nii --steps -1", "--out u.nii --steps many",
+        "--out u.nii --levels 0", "--out u.nii --warped u.nii", "--out u.nii --warped w.txt", "--out moving.nii.gz",
+        "--out u.nii --network real", "--out u.nii --inverse u.nii", "--out u.nii --inverse v.png",
+        "--out u.nii --inverse moving.nii.gz")],
+    "evaluate": ["", "--dataset mnist", "--dataset phantom2d --profile huge", "--dataset phantom2d --method luck",
+                 "--dataset phantom2d --method network", "--dataset phantom2d --network real",
+                 "--dataset phantom2d --seed x", "--dataset phantom2d --seed -1", "--dataset phantom2d --split train",
+                 "--dataset phantom2d --run r --method baseline --network real", "--dataset phantom2d --field u.nii",
+                 "--dataset phantom2d --method before --steps 3", "--dataset phantom2d --landmarks a.csv b.csv",
+                 "--dataset phantom2d --pair fixed.nii.gz moving.nii.gz", "--pair fixed.nii.gz",
+                 *(f"--pair fixed.nii.gz moving.nii.gz {options}" for options in (
+                     "--split test", "--cases 008", "--profile quick", "--seed 0", "--data .", "--levels 2",
+                     "--field u.nii --method baseline", "--field u.nii --run r", "--field u.nii --steps 0",
+                     "--network real", "--method network", "--json fixed.nii.gz"))],
+    "apply": ["", "fixed.nii.gz moving.nii.gz", "fixed.nii.gz moving.nii.gz --out fixed.nii.gz"],
+    "fetch": ["", "mnist"],
+    "export": ["", "--run r"],
+    "prepare": [""],
+}  # fmt: skip
+
+
+def test_help_and_wrong_use_import_nothing_heavy_and_write_nothing(files, tmp_path):
+    """They answer within a second: what takes longer are the imports. All in one process, which imports ever more."""
+    calls = [["--help"], *([command, "--help"] for command in COMMANDS)]
+    calls += [[*command.split(), *options.split()] for command in WRONG_USE for options in WRONG_USE[command]]
+    ask = (
+        "import json, sys\nfrom typer.testing import CliRunner\nfrom pairdiff_core.apps import cli\n"
+        "for call in json.loads(sys.argv[1]):\n"
+        "    code = CliRunner().invoke(cli.app, call).exit_code\n"
+        f"    print(json.dumps([call, code, sorted({HEAVY!r} & set(sys.modules))]))"
+    )
+    command, before = [sys.executable, "-c", ask, json.dumps(calls)], [path.read_bytes() for path in files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers == [[each, 0 if "--help" in each else 2, []] for each in calls]
+    assert sorted(os.listdir(tmp_path)) == ["fixed.nii.gz", "moving.nii.gz"]
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_the_module_is_the_command(files, tmp_path):
     done = shell("register", *files, "--steps", 1, "--out", tmp_path / "u.nii.gz")
     assert done.returncode == 0, done.stderr
@@ -117,7 +178,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
     "error, said",
     [
         (KeyboardInterrupt(), "interrupted"),
-        (MemoryError(), "memory ran out. Choose a smaller profile"),
+        (MemoryError(), "memory ran out. Give coarser or cropped volumes"),
         (torch.OutOfMemoryError("CUDA out of memory."), "memory ran out"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
         (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
@@ -130,8 +191,14 @@ def test_expected_errors_are_one_line(files, tmp_path, monkeypatch, error, said)
 
     monkeypatch.setattr(registration, "register", fail)
     (tmp_path / "u.nii").write_bytes(b"older")
-    fails(call("register", *files, "--out", tmp_path / "u.nii"), said)
+    fails(call("register", *files, "--out", tmp_path / "u.nii", "--overwrite"), said)
     assert (tmp_path / "u.nii").read_bytes() == b"older"
+
+
+@pytest.mark.parametrize("command", cli.LESS_MEMORY)
+def test_advice_about_memory_names_options_that_there_are(command):
+    for option in re.findall("--[a-z]+", cli.LESS_MEMORY[command]):
+        assert f"{option} " in call(command, "--help").stdout
 
 
 def test_a_mistake_in_the_program_is_not_hidden(files, tmp_path, monkeypatch):
@@ -210,7 +277,119 @@ def test_a_run_that_is_paused_goes_on(small, tmp_path):
         assert (tmp_path / name).exists()
     fails(call(*command, "--seed", 1), f"{tmp_path} holds another run (seed 0)")
     fails(call("run", "all", "--dataset", "phantom3d", "--run", tmp_path), "holds another run (dataset phantom2d)")
-    fails(call(*command[:-1], 8), "synthesis.safetensors was made with other settings (settings differ")
+    fails(call(*command[:-1], 8), "synthesis.safetensors was made with other settings (settings differ", "(--run;")
+
+
+def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeypatch):
+    """Repeated, it reads no data and no checkpoint, and decodes no pair, as long as nothing has changed."""
+    folder = tmp_path / "run"
+    command = ("run", "all", "--dataset", "oasis2d", "--data", oasis_folder, "--run", folder)
+    first = works(call(*command, "--quiet"))
+    assert not first.stderr and first.stdout.startswith("vqae_dice"), "quiet: nothing but the result"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    measure = importlib.import_module("pairdiff_core.pipeline.measure")  # the function has its name
+    with monkeypatch.context() as patched:
+        for module, name in ((oasis, "load_oasis_pairs"), (vqae, "decode_labels"), (vqae, "encode_pairs"),
+                             (stages, "load_checkpoint"), (models, "load_checkpoint"), (measure, "load_checkpoint"),
+                             (measure, "evaluate")):  # fmt: skip
+            patched.setattr(module, name, None)
+        again = works(call(*command))
+        relative = works(call(*command[:-1], os.path.relpath(folder)))
+    assert again.stdout == f"{folder} is finished: nothing was done again\n{first.stdout}" and not again.stderr
+    assert relative.stdout.count("\n") == again.stdout.count("\n")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    spoilt = bytearray(before[folder / "vqae.safetensors"])
+    spoilt[-1] ^= 1
+    (folder / "vqae.safetensors").write_bytes(spoilt)
+    fails(call(*command), "vqae.safetensors is damaged")
+    (folder / "vqae.safetensors").write_bytes(before[folder / "vqae.safetensors"])
+    assert "is finished" in works(call(*command)).stdout
+    fails(call(*command, "--pairs", 9), "synthesis.safetensors was made with other settings")
+    (folder / "metrics.json").unlink()
+    assert "vqae: found in run, not trained again" in works(call(*command)).stdout
+    assert (
+        json.loads((folder / "metrics.json").read_text())["summary"]
+        == json.loads(before[folder / "metrics.json"])["summary"]
+    )
+    os.utime(next(oasis_folder.rglob("slice_seg4.nii.gz")), (0, 0))
+    assert "vqae: found in run" in works(call(*command)).stdout, "data may have changed: they are read again"
+    assert "is finished" in works(call(*command)).stdout
+
+
+def test_a_run_without_a_terminal_says_how_far_it_is(small, tmp_path):
+    lines = works(call("run", "synthesis", "--dataset", "phantom2d", "--run", tmp_path / "a")).stderr.splitlines()
+    assert [line for line in lines if line.startswith("vqae")][0] == "vqae: step 2 of 12"
+    for line in ("vqae: step 12 of 12", "tokens: part 2 of 2", "denoiser: step 10 of 10", "synthesis: part 1 of 1"):
+        assert line in lines
+    for each in ("vqae", "denoiser"):
+        assert len([line for line in lines if line.startswith(each)]) <= 10
+    quiet = works(call("run", "synthesis", "--dataset", "phantom2d", "--run", tmp_path / "b", "--quiet"))
+    assert (quiet.stdout, quiet.stderr) == ("", "")
+
+
+# ------------------------------------------------------------------------------- pairs of a pretrained model
+
+
+@pytest.fixture
+def without_data(trained, small, tmp_path, monkeypatch) -> Path:
+    """A folder of pretrained models that holds the trained run's autoencoder and denoiser; no data can be loaded."""
+    folder = tmp_path / "models" / "phantom2d-quick"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "vqae.safetensors", "denoiser.safetensors"):
+        shutil.copy(trained[0].path / name, folder)
+    for name in ("brain_pairs", "lung_pairs"):
+        monkeypatch.setattr(datasets, name, None)
+    monkeypatch.setenv("PAIRDIFF_MODELS", str(folder.parent))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def volumes(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(nib.load(path).dataobj) for path in sorted((folder / "imagesTr").iterdir())}
+
+
+def test_pairs_of_a_pretrained_model_need_no_data(without_data, trained, tmp_path):
+    draw = ("run", "synthesis", "--model", "phantom2d-quick", "--pairs", 3)
+    assert works(call(*draw, "--to", "pairs")).stdout == "3 pairs are in pairs\n"
+    assert sorted(os.listdir()) == ["models", "pairs"], "no run folder"
+    made = volumes(tmp_path / "pairs")
+    assert len(made) == 6 and {values.shape for values in made.values()} == {(48, 80, 1)}
+    assert all(values.any() and values.max() < trained[0].profile.num_labels for values in made.values())
+    described = json.loads((tmp_path / "pairs" / "PairDiff-phantom2d_dataset.json").read_text())
+    assert described["numPairedTraining"] == 3
+    assert described["provenance"]["autoencoder"] == trained[1].autoencoder.fingerprint
+    works(call(*draw, "--seed", 1, "--to", "others"))
+    assert not all(np.array_equal(values, made[name]) for name, values in volumes(tmp_path / "others").items())
+    fails(call(*draw, "--to", "pairs"), "pairs exists and is not empty")
+    fails(call("run", "synthesis", "--model", "nothing", "--to", "new"), "nothing is no folder and no pretrained model")
+    assert sorted(os.listdir()) == ["models", "others", "pairs"]
+
+
+def test_a_run_with_pretrained_models_makes_and_exports_the_same_pairs_without_data(
+    without_data, tmp_path, monkeypatch
+):
+    """And no tokens of training pairs; also where the models are named no more when the pairs are exported."""
+    works(call("run", "synthesis", "--dataset", "phantom2d", "--run", "r", "--pairs", 3))
+    assert not list(Path("r").glob("tokens*"))
+    works(call("export", "--run", "r", "--to", "exported"))
+    works(call("run", "synthesis", "--model", without_data, "--pairs", 3, "--to", "drawn"))
+    exported, drawn = volumes(tmp_path / "exported"), volumes(tmp_path / "drawn")
+    assert exported.keys() == drawn.keys() and all(np.array_equal(exported[name], drawn[name]) for name in drawn)
+    monkeypatch.delenv("PAIRDIFF_MODELS")
+    fails(call("export", "--run", "r", "--to", "again"), "was made with another autoencoder", "Set PAIRDIFF_MODELS")
+    monkeypatch.setattr(models, "MODELS", without_data.parent)
+    works(call("export", "--run", "r", "--to", "again"))
+
+
+def test_a_network_that_a_run_took_from_a_pretrained_model_registers(without_data, trained, files, tmp_path):
+    shutil.copy(trained[0].path / "registration-synthetic.safetensors", without_data)
+    (tmp_path / "r").mkdir()
+    shutil.copy(without_data / "config.json", tmp_path / "r")
+    for path in files:
+        write(path, np.tile(box((40, 36, 1)), (2, 2, 1)))
+    works(call("register", *files, "--out", "u.nii", "--run", "r", "--steps", 0))
+    works(call("register", *files, "--out", "v.nii", "--run", without_data, "--steps", 0))
+    assert Path("u.nii").read_bytes() == Path("v.nii").read_bytes()
 
 
 def test_a_signal_pauses_and_says_so(tmp_path, no_data_set):
@@ -239,18 +418,6 @@ def test_a_run_that_is_refused_leaves_no_folder(small, tmp_path, monkeypatch):
     fails(call(*command[:3], folder / "run", "--dataset", "phantom2d"), "run/run cannot be written")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["everything --dataset phantom2d", "evaluate --dataset phantom2d", "vqae --dataset mnist", "vqae",
-     "vqae --dataset phantom2d --profile huge", "vqae --dataset phantom2d --seed -1",
-     "vqae --dataset phantom2d --seed 2147483648", "vqae --dataset phantom2d --device gpu"],
-)  # fmt: skip
-def test_wrong_use_of_run(tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    fails(call("run", *arguments.split()), code=2)
-    assert not os.listdir()
-
-
 # ---------------------------------------------------------------------------------------------- register
 
 
@@ -261,10 +428,26 @@ def test_register_brings_the_moving_onto_the_fixed(tmp_path, shape, form):
     fixed, moving = write(tmp_path / "f.nii.gz", wanted), write(tmp_path / "m.nii.gz", values)
     out, warped = tmp_path / "u.nii.gz", tmp_path / "w.nii.gz"
     works(call("register", fixed, moving, "--out", out, "--warped", warped, "--format", form, "--steps", 15))
-    assert nib.load(out).shape == ((*shape, 1, 3) if form == "itk" else (*shape, 3))
+    assert nib.load(out).shape == ((*shape, 1, 2 if shape[2] == 1 else 3) if form == "itk" else (*shape, 3))
     image = nib.load(warped)
     assert image.get_data_dtype() == np.int16 and image.shape == shape
     assert (np.asarray(image.dataobj) == wanted).mean() > 0.98 > (values == wanted).mean()
+
+
+@pytest.mark.parametrize("form", ["itk", "l2r"])
+@pytest.mark.parametrize("shape", [SHAPE, (40, 36)])
+def test_the_inverse_leads_back(tmp_path, shape, form):
+    fixed = write(tmp_path / "f.nii.gz", box(shape) * 3)
+    moving = write(tmp_path / "m.nii.gz", np.roll(box(shape), 2, 1) * 3)
+    out, inverse = tmp_path / "u.nii.gz", tmp_path / "v.nii.gz"
+    works(call("register", fixed, moving, "--out", out, "--inverse", inverse, "--format", form, "--steps", 30))
+    forth, back = nib.load(out), nib.load(inverse)
+    assert forth.shape == back.shape and np.array_equal(forth.affine, back.affine)
+    found = json_of("evaluate", "--pair", moving, fixed, "--field", inverse, json_file=tmp_path / "e.json")
+    assert found["summary"]["dice"] == pytest.approx(1.0)
+    pair = read_pair(fixed, moving)
+    u, v = (displacement_on(pair, read_field(path))[None] for path in (out, inverse))
+    assert u.abs().max() > 1 and inverse_consistency_error(u, v) < 0.02
 
 
 def test_register_by_a_network(files, tmp_path, trained_3d):
@@ -303,7 +486,7 @@ def test_what_does_not_fit_the_network_is_noted(files, tmp_path, trained_3d):
 def test_fewer_levels_give_another_field(files, tmp_path):
     found = []
     for levels in (1, 2, 3):
-        works(call("register", *files, "--out", tmp_path / "u.nii", "--levels", levels, "--steps", 2))
+        works(call("register", *files, "--out", tmp_path / "u.nii", "--levels", levels, "--steps", 2, "--overwrite"))
         found.append(nib.load(tmp_path / "u.nii").get_fdata())
     assert not np.allclose(found[0], found[1]) and not np.allclose(found[1], found[2])
 
@@ -322,7 +505,7 @@ def test_a_bad_file_is_one_line_and_older_outputs_stay(files, tmp_path, kind):
     out, warped = tmp_path / "u.nii.gz", tmp_path / "w.nii.gz"
     out.write_bytes(b"older")
     before = sorted(os.listdir(tmp_path))
-    fails(call("register", *files, "--out", out, "--warped", warped), str(files[1]))
+    fails(call("register", *files, "--out", out, "--warped", warped, "--overwrite"), str(files[1]))
     assert out.read_bytes() == b"older" and sorted(os.listdir(tmp_path)) == before
 
 
@@ -334,17 +517,72 @@ def test_what_cannot_be_written_is_reported_before_anything_is_read(tmp_path):
     fails(call("register", *missing, "--out", tmp_path / "u.nii"), "is a folder")
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["", "--out u.png", "--out u.nii --format ants", "--out u.nii --steps -1", "--out u.nii --steps many",
-     "--out u.nii --levels 0", "--out u.nii --warped u.nii", "--out u.nii --warped w.txt", "--out moving.nii.gz",
-     "--out u.nii --network real"],
-)  # fmt: skip
-def test_wrong_use_of_register(files, tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
-    before = files[1].read_bytes()
-    fails(call("register", "fixed.nii.gz", "moving.nii.gz", *options.split()), code=2)
-    assert sorted(os.listdir()) == ["fixed.nii.gz", "moving.nii.gz"] and files[1].read_bytes() == before
+def test_each_level_of_optimisation_is_watched(trained):
+    run, made = trained
+    seen: list[int] = []
+
+    def watch(steps: range) -> range:
+        seen.append(len(steps))
+        return steps
+
+    for network in (None, made.networks["real"].model):
+        seen.clear()
+        watched = registration.register(run.validation[:1], run.profile, network, watch=watch)
+        levels = run.profile.registration.instance if network else run.profile.registration.baseline
+        assert seen == [level.steps for level in levels]
+        plain = registration.register(run.validation[:1], run.profile, network)
+        assert torch.equal(watched.both, plain.both)
+
+
+def test_bars_are_shown_in_a_terminal_and_not_with_quiet(files, tmp_path):
+    command = [sys.executable, "-m", "pairdiff_core", "register", *map(str, files), "--steps", "3", "--out"]
+    shown = [in_a_terminal([*command, str(tmp_path / "u.nii")]),
+             in_a_terminal([*command, str(tmp_path / "v.nii"), "--quiet"])]  # fmt: skip
+    assert all(f"level {number}:" in shown[0] for number in (1, 2, 3)) and "/3" in shown[0], shown[0]
+    assert shown[1] == ""
+
+
+def in_a_terminal(command: list[str]) -> str:
+    """What a command writes to stderr where that is a terminal."""
+    ours, theirs = pty.openpty()
+    process, shown = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs), b""
+    os.close(theirs)
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # how Linux ends a terminal
+        pass
+    os.close(ours)
+    assert process.wait() == 0, shown
+    return shown.decode()
+
+
+def of_size(spatial: tuple[int, ...], labels: int) -> PairSet:
+    """A pair without the memory that it would need."""
+    names = tuple(map(str, range(labels)))
+    return PairSet(torch.zeros(1, dtype=torch.uint8).expand(1, 2, *spatial), names, (1.0,) * len(spatial), ("a~b",))
+
+
+def test_long_work_is_told_before_it_is_done(capsys, monkeypatch):
+    """200 labels and 512 voxels a side; what two processors do within seconds is not mentioned."""
+    monkeypatch.setenv("PAIRDIFF_DEVICE", "cpu")
+    laptop = get_profile("laptop", 3)
+    sides = [cost.expected_cost(of_size((side,) * 3, 3), laptop) for side in (64, 128, 256, 512)]
+    many = [cost.expected_cost(of_size((64,) * 3, labels), laptop) for labels in (2, 20, 200)]
+    for costs in (sides, many):
+        assert costs == sorted(costs) and [each.bytes for each in costs] == sorted(each.bytes for each in costs)
+    measured = {(64, 52, 64): {3: 83e6, 9: 204e6, 33: 593e6}, (128, 104, 128): {3: 489e6, 9: 952e6}}
+    for spatial, by_labels in measured.items():
+        for labels, bytes_ in by_labels.items():
+            assert 0.6 < cost.expected_cost(of_size(spatial, labels), laptop).bytes / bytes_ < 1.6
+    quick = [(of_size((64, 52, 64), 2), ""), (of_size((160, 192), 25), "")]
+    long = [(of_size((128, 104, 128), 200), "200 labels: about"), (of_size((512,) * 3, 3), "512 x 512 x 512 voxels")]
+    for pairs, told in quick + long:
+        cost.note_cost(pairs, get_profile("laptop", pairs.spatial_dims))
+        assert told in (said := capsys.readouterr().err) and bool(said) == bool(told)
+    monkeypatch.setattr(cost, "best_device", lambda: torch.device("cuda"))
+    cost.note_cost(of_size((512,) * 3, 200), laptop)
+    assert not capsys.readouterr().err, "measured on processors"
 
 
 def test_a_network_that_cannot_be_used(files, tmp_path, trained_3d):
@@ -365,9 +603,8 @@ angles = st.floats(-3.1, 3.1)
 
 
 @st.composite
-def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], np.ndarray]:
-    """A shape of one to thirteen voxels a side, and any place and direction that NIfTI knows."""
-    shape = tuple(draw(st.lists(st.integers(1, 13), min_size=2, max_size=3)))
+def placed_grids(draw: st.DrawFn) -> np.ndarray:
+    """A voxel-to-world matrix with any place, direction and spacing that NIfTI knows."""
     affine = np.eye(4)
     for axis in range(3):
         angle, turn, (i, j) = draw(angles), np.eye(4), [other for other in range(3) if other != axis]
@@ -376,7 +613,10 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], np.ndarray]:
         affine = affine @ turn
     affine[:3, :3] *= [draw(st.floats(0.05, 20.0)) * draw(st.sampled_from([-1, 1])) for _ in range(3)]
     affine[:3, 3] = [draw(st.floats(-500, 500)) for _ in range(3)]
-    return shape, affine
+    return affine
+
+
+shapes = st.lists(st.integers(1, 13), min_size=2, max_size=3).map(tuple)
 
 
 TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64, np.float32, np.float64]
@@ -384,9 +624,9 @@ TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64, np.float32,
 
 @settings(BOUNDED, max_examples=60)
 @given(
-    grid=grids(),
+    grid=st.tuples(shapes, placed_grids()),
     dtypes=st.tuples(*[st.sampled_from(TYPES)] * 2),
-    values=st.lists(st.integers(-100, 100), min_size=1, max_size=4),
+    values=st.lists(st.integers(-1, 100), min_size=1, max_size=4),
     seed=st.integers(0, 9999),
     network=st.booleans(),
 )
@@ -403,14 +643,15 @@ def test_register_copes_with_any_volume(trained_3d, tmp_path, grid, dtypes, valu
     if result.exit_code:
         fails(result, str(tmp_path))
         assert not out.exists() and not warped.exists()
-        reasons = "is empty|hold only the value|holds the label|has 2 axes"
+        reasons = "is empty|hold only the value|holds negative labels|no label in common|holds the label|has 2 axes"
         assert any(reason in result.stderr for reason in reasons.split("|")), result.stderr
         return
     field, labels = nib.load(out), nib.load(warped)
-    assert field.shape == (*(*shape, 1)[:3], 1, 3) and np.isfinite(field.get_fdata()).all()
+    volume = (*shape, 1)[:3]
+    assert field.shape == (*volume, 1, 2 if volume[2] == 1 and volume.count(1) == 1 else 3) and np.isfinite(field.get_fdata()).all()
     np.testing.assert_allclose(field.affine, affine, rtol=1e-4, atol=1e-3)
     assert labels.shape == shape and labels.get_data_dtype() == dtypes[1]
-    assert set(np.unique(labels.dataobj)) <= set(np.unique(images[1]))
+    assert set(np.unique(labels.dataobj)) <= {0, *np.unique(images[1])}
 
 
 # ---------------------------------------------------------------------------------------------- evaluate
@@ -418,13 +659,85 @@ def test_register_copes_with_any_volume(trained_3d, tmp_path, grid, dtypes, valu
 
 def evaluated(*arguments: object, json_file: Path) -> dict:
     """What ``pairdiff evaluate`` writes; every case has its line on stdout, and stderr is empty."""
-    result = works(call("evaluate", *arguments, "--json", json_file))
+    result = works(call("evaluate", *arguments, "--json", json_file, "--overwrite"))
     found = json.loads(json_file.read_text())
     assert not result.stderr, "no bar where there is no terminal"
     for case, line in zip(found["cases"], result.stdout.splitlines(), strict=False):
         assert line.startswith(case["name"]) and f"Dice {case['dice']:.3f}" in line
     assert f"{'dice':26} {found['summary']['dice']:.4g}" in result.stdout
     return found
+
+
+def json_of(*arguments: object, json_file: Path) -> dict:
+    """What a command writes to ``--json``; the command succeeds."""
+    works(call(*arguments, "--json", json_file, "--overwrite"))
+    return json.loads(json_file.read_text())
+
+
+def points(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    """A CSV file of landmarks in mm, from voxels (K, 3)."""
+    np.savetxt(path, voxels @ affine[:3, :3].T + affine[:3, 3], delimiter=",", fmt="%.6f")
+    return path
+
+
+@settings(BOUNDED, max_examples=12)
+@given(
+    grid=placed_grids(),
+    shifts=st.tuples(*[st.integers(-2, 2)] * 3),
+    form=st.sampled_from(["itk", "l2r"]),
+    flat=st.booleans(),
+)
+def test_a_case_has_the_errors_of_its_landmarks_and_of_its_field(tmp_path, grid, shifts, form, flat):
+    """The moving image is the fixed one, some voxels further: so are its landmarks, and so says the field."""
+    shape = (*SHAPE[:2], 1) if flat else SHAPE
+    shift = np.array([*shifts[:2], 0] if flat else shifts)
+    image = box(shape) * 5 if not flat else box(SHAPE)[..., 6:7] * 5
+    fixed, moving = (
+        write(tmp_path / f"{name}.nii", np.roll(image, move, (0, 1, 2)), grid)
+        for name, move in (("f", 0 * shift), ("m", shift))
+    )
+    voxels = np.random.default_rng(0).uniform([5, 4, 0], [9, 8, 0] if flat else [9, 8, 7], (6, 3))
+    landmarks = points(tmp_path / "f.csv", voxels, grid), points(tmp_path / "m.csv", voxels + shift, grid)
+    command = ("evaluate", "--pair", fixed, moving, "--landmarks", *landmarks)
+    before = json_of(*command, json_file=tmp_path / "e.json")["cases"][0]
+    apart = np.linalg.norm(shift * nib.affines.voxel_sizes(grid))
+    np.testing.assert_allclose(before["errors_mm"], apart, rtol=1e-3, atol=1e-3)
+    pair = read_pair(fixed, moving)
+    u = torch.tensor(shift[: 2 if flat else 3], dtype=torch.float32).reshape(-1, *[1] * (2 if flat else 3))
+    write_field(tmp_path / "u.nii", pair, u.expand(-1, *pair.labels.shape[1:]), form)
+    after = json_of(*command, "--field", tmp_path / "u.nii", json_file=tmp_path / "e.json")["cases"][0]
+    np.testing.assert_allclose(after["errors_mm"], 0, atol=2e-3)
+    assert after["dice"] == pytest.approx(1.0) and after["folding_percent"] == 0
+    both = (image > 0) & (np.roll(image, shift, (0, 1, 2)) > 0)
+    assert before["dice"] == pytest.approx(both.sum() / (image > 0).sum())  # of two of one size
+    assert "inverse_consistency_error" not in after and "seconds" not in after
+
+
+def test_one_case_is_registered_as_register_does_it(files, tmp_path, trained_3d):
+    field, options = tmp_path / "u.nii.gz", ("--steps", 3)
+    for chosen, method in (((), "baseline"), (("--run", trained_3d[0].path), "network+instance")):
+        works(call("register", *files, "--out", field, "--overwrite", *options, *chosen))
+        command, json_file = ("evaluate", "--pair", *files), tmp_path / "e.json"
+        own = json_of(*command, "--field", field, json_file=json_file)["summary"]
+        found = json_of(*command, "--method", method, *options, *chosen, json_file=json_file)
+        for name, value in own.items():
+            assert found["summary"][name] == pytest.approx(value, abs=1e-4), (method, name)
+        assert found["summary"]["inverse_consistency_error"] < 0.1 and found["summary"]["seconds_per_pair"] > 0
+        assert found["provenance"]["method"] == method and found["provenance"]["files"] == [str(path) for path in files]
+
+
+def test_bad_cases(files, tmp_path):
+    good, other, words = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.csv"
+    good.write_text("x,y,z\n-20,-20,20\n-24,-20,20\n")
+    other.write_text("-20,-20,20\n")
+    words.write_text("here,and,there\n")
+    command = ("evaluate", "--pair", *files)
+    fails(call(*command, "--landmarks", good, other), f"{other} holds 1 x 3 numbers, but {good} 2 x 3")
+    fails(call(*command, "--landmarks", good, words), str(words))
+    fails(call(*command, "--landmarks", good, tmp_path / "no.csv"), str(tmp_path / "no.csv"))
+    fails(call(*command, "--field", files[0]), str(files[0]), "no displacement field")
+    fails(call("evaluate", "--pair", files[0], tmp_path / "no.nii"), str(tmp_path / "no.nii"))
+    works(call(*command, "--landmarks", good, good))
 
 
 @pytest.mark.parametrize("options, by_network", [("--method baseline --levels 1 --steps 2", False),
@@ -457,6 +770,10 @@ def test_evaluate_measures_the_cases_of_the_folder(small, lung_folder, tmp_path)
         found = evaluated(*chosen, *more, json_file=tmp_path / "e.json")
         assert [case["name"] for case in found["cases"]] == [f"case_{name}_1~case_{name}_2" for name in names]
     fails(call("evaluate", *chosen, "--cases", "036"), "036")
+    for path in (lung_folder / "dilated_vessels_ts").glob("*"):
+        if "case_104" not in path.name:
+            path.unlink()
+    fails(call("evaluate", *chosen), str(lung_folder), "only official test cases", "--split test")
     fails(call("evaluate", "--dataset", "phantom2d", "--split", "test"), "phantom2d has no split 'test'")
 
 
@@ -477,22 +794,13 @@ def test_bad_evaluations(small, tmp_path, trained_3d):
     older, empty = tmp_path / "e.json", tmp_path / "empty"
     older.write_text("older")
     empty.mkdir()
-    command = ("evaluate", "--json", older, "--dataset")
+    fails(call("evaluate", "--dataset", "phantom2d", "--json", older), f"{older} exists. Give --overwrite")
+    command = ("evaluate", "--overwrite", "--json", older, "--dataset")
     fails(call(*command, "lung250m", "--data", empty), str(empty), "holds none of")
     fails(call(*command, "lung250m", "--data", tmp_path / "no"), "is not a folder")
     fails(call(*command, "phantom2d", "--run", trained_3d[0].path), "knows other axes or labels than phantom2d has")
     fails(call("evaluate", "--dataset", "phantom3d", "--json", empty), "is a folder")
     assert older.read_text() == "older"
-
-
-@pytest.mark.parametrize(
-    "options",
-    ["", "--dataset mnist", "--dataset phantom2d --profile huge", "--dataset phantom2d --method luck",
-     "--dataset phantom2d --method network", "--dataset phantom2d --network real", "--dataset phantom2d --seed x",
-     "--dataset phantom2d --seed -1", "--dataset phantom2d --split train"],
-)  # fmt: skip
-def test_wrong_use_of_evaluate(options):
-    fails(call("evaluate", *options.split()), code=2)
 
 
 def test_a_profile_from_the_environment_that_there_is_not_is_wrong_use(no_data_set, monkeypatch):
@@ -515,7 +823,8 @@ def test_evaluate_copes_with_any_volume(small, tmp_path, shapes, dtype, spacing,
     for number, shape in ((1, shapes[0]), (2, shapes[0] if same else shapes[1])):
         write(folder / "dilated_vessels_ts" / f"case_002_{number}.nii", box(shape, dtype=dtype), affine)
     file.write_text("older")
-    result = call("evaluate", "--dataset", "lung250m", "--data", folder, "--method", "before", "--json", file)
+    result = call("evaluate", "--dataset", "lung250m", "--data", folder, "--method", "before", "--json", file,
+                  "--overwrite")  # fmt: skip
     if result.exit_code:
         fails(result, "case_002_")
         assert file.read_text() == "older"
@@ -533,7 +842,8 @@ def test_evaluate_copes_with_any_volume(small, tmp_path, shapes, dtype, spacing,
 
 
 def test_export(trained, trained_3d, tmp_path):
-    fails(call("export", "--run", trained_3d[0].path, "--to", tmp_path / "pairs"), "vqae")
+    command = ("export", "--to", tmp_path / "pairs", "--run")
+    fails(call(*command, trained_3d[0].path), "synthesis.safetensors does not exist")
     fails(call("export", "--run", tmp_path / "no", "--to", tmp_path / "pairs"), "no folder and no pretrained model")
     fails(call("export", "--run", trained[0].path), code=2)
     assert not os.listdir(tmp_path)

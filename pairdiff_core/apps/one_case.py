@@ -79,7 +79,7 @@ def score_case(
         displacement = displacement_on(volumes, read_field(field))
         found = Deformation(displacement[None], torch.zeros_like(displacement)[None])
         case = score_pair(pairs, found, volumes.warped_labels(displacement)[None])
-        return {name: value for name, value in case.items() if name != "inverse_consistency_error"}
+        return {name: value for name, value in case.items() if not name.startswith("inverse_consistency")}
     if registrar is None:
         return score_pair(pairs)
     given, started = volumes.pairs(profile), time.perf_counter()
