@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -483,6 +484,12 @@ def test_what_does_not_fit_the_network_is_noted(files, tmp_path, trained_3d):
     assert "trained on axes that run to LPS, these run to RAS" in result.stderr
 
 
+def test_a_size_that_does_not_fit_is_not_blamed_on_the_voxels(tmp_path):
+    path = write(tmp_path / "f.nii", box((5, 5)), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    result = works(call("register", path, path, "--out", tmp_path / "u.nii", "--run", "oasis2d-laptop", "--steps", 0))
+    assert "trained at 160 x 192 voxels; this image of 5 x 5 voxels does not fit that" in result.stderr
+
+
 def test_fewer_levels_give_another_field(files, tmp_path):
     found = []
     for levels in (1, 2, 3):
@@ -545,6 +552,7 @@ def test_bars_are_shown_in_a_terminal_and_not_with_quiet(files, tmp_path):
 def in_a_terminal(command: list[str]) -> str:
     """What a command writes to stderr where that is a terminal."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     process, shown = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs), b""
     os.close(theirs)
     try:
@@ -648,7 +656,8 @@ def test_register_copes_with_any_volume(trained_3d, tmp_path, grid, dtypes, valu
         return
     field, labels = nib.load(out), nib.load(warped)
     volume = (*shape, 1)[:3]
-    assert field.shape == (*volume, 1, 2 if volume[2] == 1 and volume.count(1) == 1 else 3) and np.isfinite(field.get_fdata()).all()
+    flat = len(shape) == 2 or volume[2] == 1 and volume.count(1) == 1
+    assert field.shape == (*volume, 1, 2 if flat else 3) and np.isfinite(field.get_fdata()).all()
     np.testing.assert_allclose(field.affine, affine, rtol=1e-4, atol=1e-3)
     assert labels.shape == shape and labels.get_data_dtype() == dtypes[1]
     assert set(np.unique(labels.dataobj)) <= {0, *np.unique(images[1])}
