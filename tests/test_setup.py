@@ -153,7 +153,7 @@ def imported_names(folder: str) -> dict[str, str]:
 def test_imports_are_declared(folder: str, dependencies: list[str]) -> None:
     declared = {canonicalize_name(Requirement(text).name) for text in dependencies}
     modules = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in declared}
-    local = {"pairdiff_core", "benchmarks", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    local = {"pairdiff_core", "benchmarks", "models", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     undeclared = {
         name: where
         for name, where in imported_names(folder).items()
