@@ -283,12 +283,13 @@ def test_a_run_that_is_paused_goes_on(small, tmp_path):
 
 def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeypatch):
     """Repeated, it reads no data and no checkpoint, and decodes no pair, as long as nothing has changed."""
+    measure = importlib.import_module("pairdiff_core.pipeline.measure")  # the function has its name
+    monkeypatch.setattr(measure, "code_hash", lambda: "the code of today")
     folder = tmp_path / "run"
     command = ("run", "all", "--dataset", "oasis2d", "--data", oasis_folder, "--run", folder)
     first = works(call(*command, "--quiet"))
     assert not first.stderr and first.stdout.startswith("vqae_dice"), "quiet: nothing but the result"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    measure = importlib.import_module("pairdiff_core.pipeline.measure")  # the function has its name
     with monkeypatch.context() as patched:
         for module, name in ((oasis, "load_oasis_pairs"), (vqae, "decode_labels"), (vqae, "encode_pairs"),
                              (stages, "load_checkpoint"), (models, "load_checkpoint"), (measure, "load_checkpoint"),
@@ -315,6 +316,8 @@ def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeyp
     os.utime(next(oasis_folder.rglob("slice_seg4.nii.gz")), (0, 0))
     assert "vqae: found in run" in works(call(*command)).stdout, "data may have changed: they are read again"
     assert "is finished" in works(call(*command)).stdout
+    monkeypatch.setattr(measure, "code_hash", lambda: "other code")
+    assert "vqae: found in run" in works(call(*command)).stdout
 
 
 def test_a_run_without_a_terminal_says_how_far_it_is(small, tmp_path):
