@@ -187,6 +187,16 @@ def test_inverse_consistency_error(dims: int) -> None:
     torch.testing.assert_close(metrics.inverse_consistency_error(there, back), torch.tensor([0.0, 0.5]))
 
 
+def test_inverse_consistency_error_on_some_voxels() -> None:
+    there = torch.zeros(2, 2, 4, 4)
+    back = there.clone()
+    back[:, 0, :2] = 3.0  # half of the voxels end three voxels off
+    where = torch.zeros(2, 4, 4, dtype=torch.bool)
+    where[0, 1:] = True  # one row of three
+    found = metrics.inverse_consistency_error(there, back, where)
+    assert float(found[0]) == pytest.approx(1.0) and found[1].isnan(), "of no voxel there is no mean"
+
+
 def test_inverse_is_read_where_the_voxel_went() -> None:
     there = torch.zeros(1, 2, 5, 5)
     there[0, 0] = 1.0

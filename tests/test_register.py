@@ -26,12 +26,12 @@ def one_pair(labels: torch.Tensor, num_labels: int = 2, spacing: tuple[float, ..
 def test_on_its_own_grid_a_network_sees_the_pairs_as_they_are(fixture, request):
     run, made = request.getfixturevalue(fixture)
     network = made.networks["real"].model if fixture == "trained" else made.model
-    pairs = run.validation[:2]
+    pairs, settings = run.validation[:2], run.profile.registration
     found = register(pairs, run.profile, network, instance=False)
     fixed, moving = (label_maps(image, pairs.num_labels) for image in (pairs.fixed, pairs.moving))
     with torch.no_grad():
-        velocities = network.velocities(fixed, moving)
-    expected = integrate(velocities, run.profile.registration.squarings).resized(pairs.spatial)
+        velocities = network.velocities(fixed, moving, settings.repeats)
+    expected = integrate(velocities, settings.squarings).resized(pairs.spatial)
     assert expected.displacement.abs().max() > 0.1
     torch.testing.assert_close(found.both, expected.both, atol=1e-4, rtol=0)
 

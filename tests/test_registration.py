@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from pairdiff_core import fields, metrics, registration
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Level, UNetStep, get_profile
-from pairdiff_core.registration import Deformation, integrate, optimise, refine, registration_loss
+from pairdiff_core.registration import Deformation, integrate, integrate_on, optimise, refine, registration_loss
 
 GRIDS = [(64, 80), (32, 48, 64)]
 ALIKE = 2 * (UNetStep(2, (4, 8, 8, 8, 8, 4)),)
@@ -20,11 +23,10 @@ def settings(**changes):
     return replace(get_profile("quick").registration, **usual | changes)
 
 
-def random_velocities(spatial, number=2, seed=0):
+def random_velocities(spatial, number=2, seed=0, smoothness=16):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        fields.random_velocity(1, spatial, amplitude=1.0, smoothness=16, generator=generator) for _ in range(number)
-    )
+    options = {"amplitude": 1.0, "smoothness": smoothness, "generator": generator}
+    return tuple(fields.random_velocity(1, spatial, **options) for _ in range(number))
 
 
 def zero(spatial, number=1):
@@ -77,6 +79,64 @@ def test_plain_composition_would_not_be_inverted_that_way():
     plain = fields.compose(fields.exponentiate(3 * first), fields.exponentiate(3 * second))
     negated = fields.compose(fields.exponentiate(-3 * first), fields.exponentiate(-3 * second))
     assert inverse_error(Deformation(plain, negated)) > 3 * inverse_error(integrate((3 * first, 3 * second)))
+
+
+IMAGES = [((80, 96), 2), ((96, 80), 4), ((64, 52, 64), 4)]  # voxels, and how many of them to a node
+
+
+def rough_velocities(spatial, times, roughest, nodes=4, seed=0):
+    """Two velocities that differ by ``roughest`` voxels of the image between neighbouring nodes where most."""
+    velocities = random_velocities([size // times for size in spatial], seed=seed, smoothness=nodes)
+    scale = roughest / float(registration.roughness(velocities, spatial).max())
+    return tuple(scale * each for each in velocities)
+
+
+def round_trip(deformation):
+    """Largest mean distance in voxels, forth and back, of what stays in view, and the smallest determinant."""
+    both, back = deformation.both, deformation.inverted()
+    size = torch.tensor(deformation.spatial).reshape(-1, *[1] * len(deformation.spatial))
+    places = fields.identity_grid(deformation.spatial) + both
+    inside = ((places >= 0) & (places <= size - 1)).all(1)
+    distances = fields.compose(both, back.both).norm(dim=1)
+    means = [float(far[here].mean()) for far, here in zip(distances, inside, strict=True)]
+    return max(means), min(float(each.jacobian_determinant().min()) for each in (deformation, back))
+
+
+@pytest.mark.parametrize(("spatial", "times"), IMAGES)
+def test_velocities_as_rough_as_a_network_makes_them_are_bounded(spatial, times):
+    """The lung network's are up to 21 voxels rough, with 4 voxels a node; integrated as they are, they fold."""
+    rough = rough_velocities(spatial, times, 21)
+    far, determinant = round_trip(integrate(rough, 5).resized(spatial))
+    assert far > 0.4 or determinant <= 0
+    bounded = integrate_on(rough, spatial, 5)
+    far, determinant = round_trip(bounded)
+    assert far <= 0.1 and determinant > 0
+    assert float(bounded.displacement.norm(dim=1).max()) > 4, "it still moves"
+    negated = integrate_on(tuple(-each for each in rough), spatial, 5)
+    torch.testing.assert_close(negated.displacement, bounded.inverse)
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(
+    image=st.sampled_from([((80, 96), 2), ((96, 80), 4), ((32, 40, 36), 4)]),
+    roughest=st.floats(9.01, 60),
+    nodes=st.sampled_from([3, 5, 8]),
+    seed=st.integers(0, 1000),
+)
+def test_however_rough_velocities_are_their_deformation_undoes_itself(image, roughest, nodes, seed):
+    spatial, times = image
+    far, determinant = round_trip(integrate_on(rough_velocities(spatial, times, roughest, nodes, seed), spatial, 5))
+    assert far <= 0.1 and determinant > 0
+
+
+@pytest.mark.parametrize(("spatial", "times"), IMAGES)
+def test_smooth_velocities_and_those_beside_rough_ones_stay_as_they_are(spatial, times):
+    smooth, rough = rough_velocities(spatial, times, 8.9), rough_velocities(spatial, times, 15, seed=1)
+    plain = integrate(smooth, 5).resized(spatial)
+    assert torch.equal(integrate_on(smooth, spatial, 5).both, plain.both)
+    beside = integrate_on(tuple(torch.cat(each) for each in zip(smooth, rough, strict=True)), spatial, 5)
+    torch.testing.assert_close(beside[:1].both, plain.both)
+    torch.testing.assert_close(beside[1:].both, integrate_on(rough, spatial, 5).both)
 
 
 def test_a_deformation_moves_between_grids_and_back():

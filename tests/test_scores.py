@@ -48,6 +48,17 @@ def test_a_row_is_what_its_cases_come_to(trained):
     assert all(row[name] == scored[name] for name in ("dice", "tre_mm", "tre_all", "dice_per_structure"))
 
 
+def test_the_round_trip_is_scored_on_structures_too(trained):
+    pair = trained[0].validation[:1]
+    aside = still(pair)
+    aside.inverse[:, 0] = (pair.fixed > 0).float()  # one voxel off on structures, none elsewhere
+    row = registration.score(pair, aside)
+    assert row["inverse_consistency_error_on_structures"] == pytest.approx(1.0)
+    assert row["inverse_consistency_error"] == pytest.approx((pair.fixed > 0).float().mean().item())
+    empty = replace(pair, labels=torch.zeros_like(pair.labels))
+    assert registration.score(empty, aside)["inverse_consistency_error_on_structures"] is None
+
+
 def test_cases_come_as_they_are_done(trained, monkeypatch):
     pairs, registered = trained[0].validation[:3], []
     monkeypatch.setitem(registration.evaluate.__globals__, "AT_ONCE", pairs.labels[0, 0].numel())  # one pair

@@ -100,10 +100,15 @@ def log_jacobian_sd(displacement: Tensor) -> Tensor:
     return fields.jacobian_determinant(displacement).clamp_min(1e-9).log().flatten(1).std(dim=1, correction=0)
 
 
-def inverse_consistency_error(displacement: Tensor, inverse: Tensor) -> Tensor:
+def inverse_consistency_error(displacement: Tensor, inverse: Tensor, where: Tensor | None = None) -> Tensor:
     """Mean distance between start and end of a round trip: |u(x) + v(x + u(x))|, averaged over the voxels.
 
     Displacements u (fixed to moving) and v (moving to fixed), float (N, D, *spatial) in voxels, give float (N,) in
-    voxels. Where x + u(x) lies outside the image, v is read at the border.
+    voxels: over all voxels, or over those at which ``where`` (N, *spatial) is true, NaN if there are none. Where
+    x + u(x) lies outside the image, v is read at the border.
     """
-    return fields.compose(displacement, inverse).norm(dim=1).flatten(1).mean(1)
+    distance = fields.compose(displacement, inverse).norm(dim=1).flatten(1)
+    if where is None:
+        return distance.mean(1)
+    counts = where.flatten(1).to(distance.dtype)
+    return (distance * counts).sum(1) / counts.sum(1)

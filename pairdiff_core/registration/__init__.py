@@ -1,6 +1,6 @@
 """Stage 5, deformable registration: deformations, losses, network, optimisation, pairs of any size, and scores."""
 
-from .deformation import Deformation, Velocities, concatenated, integrate
+from .deformation import Deformation, Velocities, concatenated, integrate, integrate_on, roughness
 from .losses import RegistrationLoss, bending_energy, label_maps, pool, registration_loss, squared_gradient
 from .network import RegistrationNetwork, VelocityStep, training_loss
 from .optimise import Watch, optimise, refine, voxels_near

@@ -1,4 +1,9 @@
-"""The registration network: small U-Nets, one after the other, inverse consistent by construction."""
+"""The registration network: small U-Nets, one after the other, inverse consistent by construction.
+
+By construction, swapping the images swaps displacement and inverse. That these undo each other holds in theory; in
+numbers only as nearly as :mod:`pairdiff_core.registration.deformation` says. Training and the steps between the U-Nets
+integrate cheaply, without bounding the roughness; :func:`pairdiff_core.registration.register` bounds it.
+"""
 
 from __future__ import annotations
 

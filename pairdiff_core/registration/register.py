@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from pairdiff_core.pairs import PairSet, resize_labels
 from pairdiff_core.profiles import Profile
-from pairdiff_core.registration.deformation import Deformation, concatenated, integrate
+from pairdiff_core.registration.deformation import Deformation, concatenated, integrate_on
 from pairdiff_core.registration.losses import label_maps
 from pairdiff_core.registration.network import RegistrationNetwork
 from pairdiff_core.registration.optimise import Watch, refine
@@ -100,7 +100,7 @@ def _by_network(
 def _on_grid(
     velocities: Sequence[torch.Tensor], squarings: int, padded: Sequence[int], spatial: Sequence[int]
 ) -> Deformation:
-    return integrate(tuple(velocities), squarings).resized(padded).cropped(spatial).cpu()
+    return integrate_on(tuple(velocities), padded, squarings).cropped(spatial).cpu()
 
 
 def _padded(labels: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Scoring registration, case by case, and what cases come to.
 
 Every number has one name: ``dice`` (0 to 1), ``hd95_mm``, ``tre_mm``, ``folding_percent``, ``log_jacobian_sd``,
-``inverse_consistency_error`` (voxels), ``seconds``.
+``inverse_consistency_error`` and ``inverse_consistency_error_on_structures`` (voxels), ``seconds``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pairdiff_core.registration.deformation import Deformation
 Case = dict[str, Any]
 Method = Callable[[PairSet], Deformation]
 
-MEASURES = ("dice", "hd95_mm", "folding_percent", "log_jacobian_sd", "inverse_consistency_error", "tre_mm")
+ON_STRUCTURES = "inverse_consistency_error_on_structures"  # where the fixed image has a label above 0
+MEASURES = (
+    *("dice", "hd95_mm", "folding_percent", "log_jacobian_sd", "inverse_consistency_error", ON_STRUCTURES, "tre_mm"),
+)
 AT_ONCE = 2**18  # voxels of the pairs that are timed together
 
 
@@ -33,8 +36,9 @@ def evaluate(pairs: PairSet, method: Method | None = None) -> Iterator[Case]:
     Yields:
         A case: ``name``; ``dice`` and ``hd95_mm``, means over structures, and ``dice_per_structure``; where it has
         landmarks, ``tre_mm``, ``tre`` (:func:`metrics.describe_errors`) and ``errors_mm`` of each landmark; after a
-        method also ``folding_percent``, ``log_jacobian_sd``, ``inverse_consistency_error`` and ``seconds``. None where
-        a number does not exist.
+        method also ``folding_percent``, ``log_jacobian_sd``, ``inverse_consistency_error``, the same over the voxels
+        of the fixed image with a label above 0 as ``inverse_consistency_error_on_structures``, and ``seconds``. None
+        where a number does not exist.
     """
     number = max(1, AT_ONCE // math.prod(pairs.spatial))
     for first in range(0, len(pairs), number):
@@ -65,10 +69,12 @@ def score_pair(pair: PairSet, found: Deformation | None = None, moved: torch.Ten
         "hd95_mm": metrics.mean_over_pairs(surface),
     }
     if found:
+        both = found.displacement, found.inverse
         case |= {
             "folding_percent": float(metrics.folding_percent(found.displacement)),
             "log_jacobian_sd": float(metrics.log_jacobian_sd(found.displacement)),
-            "inverse_consistency_error": float(metrics.inverse_consistency_error(found.displacement, found.inverse)),
+            "inverse_consistency_error": float(metrics.inverse_consistency_error(*both)),
+            ON_STRUCTURES: metrics.mean_over_pairs(metrics.inverse_consistency_error(*both, pair.fixed > 0)),
         }
     points = pair.landmarks[0] if pair.landmarks else ()
     if len(points):
