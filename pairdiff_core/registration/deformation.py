@@ -5,9 +5,9 @@ the deformation exactly; a network whose velocities change sign when its two ima
 register(B, A) = inverse of register(A, B). That much holds of the stored fields, too: swapping swaps them.
 
 In numbers, a displacement and its inverse are read between voxels along straight lines, so they undo each other only
-nearly. :func:`integrate` left smooth velocities within 0.2 voxels on average where measured, and is off by voxels on rough ones;
-:func:`integrate_on` bounds the roughness first. Background: Arsigny et al., MICCAI 2006 (scaling and squaring); Greer
-et al., "Inverse Consistency by Construction for Multistep Deep Registration", MICCAI 2023.
+nearly. :func:`integrate` left smooth velocities within 0.2 voxels on average where measured, and is off by voxels on
+rough ones; :func:`integrate_on` bounds the roughness first. Background: Arsigny et al., MICCAI 2006 (scaling and
+squaring); Greer et al., "Inverse Consistency by Construction for Multistep Deep Registration", MICCAI 2023.
 """
 
 from __future__ import annotations
