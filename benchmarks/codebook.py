@@ -17,7 +17,7 @@ from benchmarks import on_run, published
 from pairdiff_core import pipeline, storage, vqae
 from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs
 from pairdiff_core.pipeline import Run, Trained
-from pairdiff_core.pipeline.pretrained import as_trained
+from pairdiff_core.pipeline.models import as_trained
 from pairdiff_core.profiles import Profile, trained_settings
 from pairdiff_core.training import Samples, best_device, fit, new_fabric
 
@@ -47,16 +47,15 @@ def train_plain(run: Run) -> Trained:
         torch.manual_seed(seed)
         model, loaded = plain_vqae(run.profile), path.exists()
         if loaded:
-            description = storage.load_into(model, path)
+            tensors, description = storage.load_checkpoint(path)
             storage.check_config(path, description["config"], config)
+            model.load_state_dict(tensors)
         else:
             batches: Any = WarpedPairs(labels, Samples(len(labels), settings.batch, seed), settings.augmentation)
             if settings.patches is not None:
                 batches = PatchesOfPairs(batches, settings.patches)
-            loss, fabric = (
-                partial(vqae.training_loss, codes=settings.codes),
-                new_fabric("vqae" in run.profile.mixed_precision),
-            )
+            loss = partial(vqae.training_loss, codes=settings.codes)
+            fabric = new_fabric("vqae" in run.profile.mixed_precision)
             progress = storage.Progress(path.with_suffix(".progress"), config, run.saving)
             history = fit(model, loss, batches, settings, seed=seed, fabric=fabric, progress=progress)
             description = {"config": config, "seconds": progress.seconds, "history": history}

@@ -28,7 +28,7 @@ from benchmarks.measure import seconds_in_turn, synchronise
 from benchmarks.rows import RESULTS, pair_of_labels
 from pairdiff_core import absorbing, registration, vqae
 from pairdiff_core.data.phantom_lungs import lung_pairs
-from pairdiff_core.pipeline.pretrained import NEW_MODEL
+from pairdiff_core.pipeline.models import NEW_MODEL
 from pairdiff_core.profiles import Level, Profile, get_profile
 from pairdiff_core.storage import provenance, write_json
 from pairdiff_core.training import best_device, fit, generator, new_fabric

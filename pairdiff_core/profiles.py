@@ -112,10 +112,12 @@ class RegistrationSettings:
     repeats: int = 1  # of the last step when pairs are registered (published: 1, as in training)
     merge: bool = False  # instance optimisation is of one velocity, from the network's merged or from zero
     augmentation: Augmentation | None = None  # where its pairs are warped; None: the autoencoder's
+    breathing: Augmentation | None = None  # where its pairs go along other people's motions, too; None: augmentation
 
 
-# What the trained weights do not depend on: it may differ from what a network was trained with.
-AFTER_TRAINING = ("copies", "instance", "baseline", "repeats", "merge")
+# What the trained weights do not depend on, or what stands among the inputs of the networks that do (breathing): it may
+# differ from what a network was trained with.
+AFTER_TRAINING = ("copies", "instance", "baseline", "repeats", "merge", "breathing")
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,7 @@ _QUICK_3D = Profile(
         baseline=(Level(2, 2, 20, 0.3), Level(1, 4, 10, 0.2)),
         scales=3,  # with these and the repeats, synthetic pairs teach more of the motion
         repeats=3,
+        breathing=Augmentation(affine=0.05, common=1.0, own=0.5, smoothness=12, coarser=4, motion=1.0),
     ),
     mixed_precision=("denoiser", "synthesis"),
 )
@@ -359,6 +362,7 @@ _LAPTOP_3D = Profile(
         scales=4,
         repeats=3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=4.0, smoothness=24, coarser=4),
+        breathing=Augmentation(affine=0.05, common=2.0, own=1.0, smoothness=24, coarser=4, motion=1.2),
     ),
     mixed_precision=("denoiser", "synthesis"),
 )

@@ -10,6 +10,7 @@ from largest import LargestTensor
 from small_run import small_run, small_run_3d
 
 from pairdiff_core import pipeline, registration, vqae
+from pairdiff_core.data.breathing import load_motions
 from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.pipeline import Run, load_or_make, open_run
 from pairdiff_core.profiles import Level, get_profile
@@ -181,6 +182,20 @@ def test_volumes_take_the_same_path(tmp_path):
     assert by_network.displacement.shape == by_network.inverse.shape == (1, 3, 64, 52, 64)
     before, after = registration.score(pairs), registration.score(pairs, baseline)
     assert after["tre_mm"] < before["tre_mm"] and after["dice"] > before["dice"], "the baseline already helps"
+
+
+def test_a_network_learns_from_other_peoples_motions(tmp_path):
+    """The same pairs and steps with other motions, or with others of their share, are another network."""
+    run = small_run_3d(tmp_path)
+    motions = load_motions("phantom3d")
+    network = pipeline.train_registration(run, run.train, "real-motion", warped=True, motions=motions)
+    assert pipeline.train_registration(run, run.train, "real-motion", warped=True, motions=motions).loaded
+    fewer = replace(motions, displacement=motions.displacement / 2)
+    with pytest.raises(CheckpointError, match="inputs differ"):
+        pipeline.train_registration(run, run.train, "real-motion", warped=True, motions=fewer)
+    still = replace(run, folder=tmp_path / "still")
+    without = pipeline.train_registration(still, run.train, "real-motion", warped=True)
+    assert network.fingerprint != without.fingerprint
 
 
 # ------------------------------------------------------------------------------------------- made once, or refused

@@ -45,6 +45,8 @@ QUOTED = {  # rows of the registration table that the text quotes, by their name
     "baseline": "baseline",
     "network_real": "real",
     "network_random_warps": "real, warped",
+    "network_motion": "real, motion",
+    "network_motion_instance": "real, motion + instance",
     "network_synthetic": "synthetic",
     "network_synthetic_instance": "synthetic + instance",
 }
@@ -178,7 +180,7 @@ def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
         "gain_synthetic_over_real": synthetic / real if real else None,
     }
     for short, name in (("dice", "dice"), ("hd95", "hd95_mm"), ("tre", "tre_mm"), ("seconds", "seconds_per_pair")):
-        summary |= {f"{short}_{quoted}": rows[row][name] for quoted, row in QUOTED.items() if name in rows[row]}
+        summary |= {f"{short}_{quoted}": rows[row][name] for quoted, row in QUOTED.items() if name in rows.get(row, ())}
     return summary | {name: rows["synthetic"][name] for name in ("folding_percent", "inverse_consistency_error")}
 
 

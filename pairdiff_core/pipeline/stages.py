@@ -21,11 +21,12 @@ from torch import nn
 from pairdiff_core import absorbing, registration, vqae
 from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs, augment
 from pairdiff_core.data import grid_affine
+from pairdiff_core.data.breathing import Motions, load_motions
 from pairdiff_core.data.datasets import LABEL_TABLES
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
 from pairdiff_core.pipeline.run import Run
-from pairdiff_core.profiles import STAGES, trained_settings
+from pairdiff_core.profiles import STAGES, to_json, trained_settings
 from pairdiff_core.storage import (
     Progress,
     check_config,
@@ -148,13 +149,16 @@ def decode_pairs(run: Run, autoencoder: Trained, tokens: torch.Tensor) -> PairSe
     return PairSet(labels, label_names, spacing, names, label_colours=colours)
 
 
-def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = False) -> Trained:
+def train_registration(
+    run: Run, pairs: PairSet, name: str, *, warped: bool = False, motions: Motions | None = None
+) -> Trained:
     """Stage 5: the registration network, on any pairs.
 
     Args:
         pairs: real or synthetic ones.
         name: of the result in the run folder, such as "real" or "synthetic".
         warped: whether each batch is freshly warped, as the profile says.
+        motions: of other people; each warped pair also goes along a part of one of them. None for none.
     """
     if pretrained := load_pretrained(run, f"registration-{name}"):
         return pretrained
@@ -162,8 +166,11 @@ def train_registration(run: Run, pairs: PairSet, name: str, *, warped: bool = Fa
     samples = Samples(len(pairs), settings.batch, run.seed_of("registration"))
     augmentation = (settings.augmentation or run.profile.vqae.augmentation) if warped else None
     loss = partial(registration.training_loss, num_labels=pairs.num_labels, settings=settings)
-    inputs = {"pairs": fingerprint(pairs.labels), "warped": warped}
-    batches = WarpedPairs(pairs.labels, samples, augmentation)
+    inputs: dict[str, Any] = {"pairs": fingerprint(pairs.labels), "warped": warped}
+    if motions is not None:
+        augmentation = settings.breathing or augmentation
+        inputs |= {"motions": fingerprint(motions.displacement), "augmentation": to_json(augmentation)}
+    batches = WarpedPairs(pairs.labels, samples, augmentation, motions)
     return load_or_train(run, Training(f"registration-{name}", inputs, loss, batches))
 
 
@@ -174,7 +181,7 @@ class StageResults(NamedTuple):
     tokens: torch.Tensor | None  # not needed, and not made, before a pretrained denoiser
     denoiser: Trained | None
     synthetic: PairSet | None
-    networks: dict[str, Trained]  # trained on "real" and on "synthetic" pairs, and on each under fresh warps
+    networks: dict[str, Trained]  # trained on "real" and "synthetic" pairs, on each warped, and on real ones in motion
 
 
 def run_stages(run: Run, last: str = "registration") -> StageResults:
@@ -196,6 +203,10 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
         for name, pairs in {"real": run.train, "synthetic": synthetic}.items():
             networks[name] = train_registration(run, pairs, name)
             networks[f"{name}, warped"] = train_registration(run, pairs, f"{name}-warped", warped=True)
+        if run.profile.spatial_dims == 3:
+            networks["real, motion"] = train_registration(
+                run, run.train, "real-motion", warped=True, motions=load_motions(run.dataset, run.data, run.seed)
+            )
     return StageResults(autoencoder, tokens, denoiser, synthetic, networks)
 
 
