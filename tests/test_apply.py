@@ -19,6 +19,7 @@ from test_volume_files import BOUNDED, boxes, headers, oblique, rotated, wavy, w
 
 from pairdiff_core.apps.field_files import read_field
 from pairdiff_core.apps.volume_files import read_pair, write_field
+from pairdiff_core.data import grid_affine
 from pairdiff_core.errors import DataError
 
 SHAPE = (20, 24, 18)
@@ -144,6 +145,30 @@ def test_slices(tmp_path, stored, form):
     write_field(tmp_path / "u.nii.gz", pair, displacement, form)
     found = applied(tmp_path / "u.nii.gz", paths[1])
     assert found.shape == stored and (found == pair.warped_moving(displacement)).mean() > 0.998
+
+
+def test_synthetic_slices_which_are_coronal(tmp_path):
+    affine = grid_affine("phantom2d", (40, 36))
+    fixed, moving = (
+        write(tmp_path / f"{i}.nii.gz", boxes((40, 36), shift=i).reshape(40, 36, 1), affine) for i in (0, 2)
+    )
+    field, warped, back = (tmp_path / f"{name}.nii.gz" for name in ("u", "w", "i"))
+    result = works(call("register", fixed, moving, "--out", field, "--warped", warped, "--inverse", back))
+    assert "no axial slice" in result.stderr
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(field), sitk.sitkVectorFloat64))
+    image = sitk.ReadImage(str(moving))[:, :, 0]
+    expected = nib.load(warped).get_fdata()
+    assert np.array_equal(
+        sitk.GetArrayFromImage(sitk.Resample(image, transform, sitk.sitkNearestNeighbor)).T, expected[..., 0]
+    )
+    assert np.array_equal(applied(field, moving, "--onto", fixed), expected) and expected.any()
+    assert np.array_equal(nib.load(tmp_path / "applied.nii.gz").affine, nib.load(fixed).affine)
+    dice = [
+        line.split()[1]
+        for line in works(call("evaluate", "--pair", fixed, moving, "--field", field)).stdout.splitlines()
+        if line.startswith("dice ")
+    ]
+    assert f"-> {dice[0][:5]}" in result.stdout
 
 
 def test_a_field_that_simpleitk_wrote(files, tmp_path):

@@ -249,6 +249,24 @@ def test_fetch_finds_what_is_there(tmp_path, monkeypatch, oasis_folder):
         assert f"{name} is in {tmp_path / folder}; to use it: export PAIRDIFF_DATA={tmp_path}" in found
 
 
+def test_fetch_may_leave_out_what_only_says_how_people_breathe(tmp_path, monkeypatch):
+    names = ["imagesTr/case_1.nii.gz", "corrs/case.csv", "corrs/other.csv"]
+    names = [
+        name.replace("imagesTr", fetch.TRAIN_FOLDERS[-1]).replace("corrs", fetch.CORRESPONDENCES) for name in names
+    ]
+    registry, folder = tmp_path / "registry.txt", tmp_path / "lung250m"
+    registry.write_text("".join(f"{name} {hashlib.sha256(b'x').hexdigest()}\n" for name in names))
+    for name in names[:2]:  # "other" has no vessels, and would have to be downloaded
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    monkeypatch.setattr(fetch, "LUNG_REGISTRY", registry)
+    monkeypatch.setattr(fetch, "LUNG_SITE", "http://127.0.0.1:1/")
+    monkeypatch.setattr(fetch, "RETRIES", 0)
+    assert "lung250m is in" in works(call("fetch", "lung250m", "--to", tmp_path, "--no-motions")).stdout
+    fails(call("fetch", "lung250m", "--to", tmp_path), "other.csv could not be downloaded")
+    fails(call("fetch", "oasis2d", "--to", tmp_path, "--no-motions"), "--no-motions", code=2)
+
+
 def test_fetch_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "RETRIES", 0)
     monkeypatch.setattr(fetch, "OASIS_SITE", "http://127.0.0.1:1/")

@@ -368,16 +368,24 @@ def test_the_form_that_was_taken_is_told(tmp_path):
     assert "sform and voxel sizes differ" in note(0, 1, s @ np.diag([2, 2, 2, 1]))
 
 
+ANGLES = {"axial": (0, 0, 0), "turned": (0, 0, 0.4), "tilted": (0.6, 0.3, 0.4), "coronal": (np.pi / 2, 0, 0),
+          "sagittal": (np.pi / 2, 0, np.pi / 2), "upside down": (-np.pi / 2, 0, 0)}  # fmt: skip
+
+
 @pytest.mark.parametrize("stored", [(40, 36), (40, 36, 1)])
-@pytest.mark.parametrize("angle", [0.0, 0.4])
-def test_simpleitk_warps_a_slice_by_its_field(tmp_path, stored, angle):
-    affine = rotated((0, 0, angle), (2.0, 0.7, 1.0), (3, 4, 5))
+@pytest.mark.parametrize("plane", ANGLES)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "rounded"])
+def test_simpleitk_warps_a_slice_by_its_field(tmp_path, stored, plane, exact):
+    affine = rotated(ANGLES[plane], (2.0, 0.7, 1.0), (3, 4, 5))
+    affine[np.abs(affine) < 1e-9] = 0 if exact else 1e-9
     fixed, moving = (write(tmp_path / f"{i}.nii", boxes((40, 36), shift=i).reshape(stored), affine) for i in (0, 2))
     pair, displacement = read_pair(fixed, moving), wavy((40, 36))
     write_field(tmp_path / "u.nii.gz", pair, displacement)
     field = sitk.ReadImage(str(tmp_path / "u.nii.gz"), sitk.sitkVectorFloat64)
-    image = sitk.ReadImage(str(moving))
-    image = image[:, :, 0] if image.GetDimension() == 3 else image
+    image = sitk.ReadImage(str(write(tmp_path / "image.nii", boxes((40, 36), shift=2)[..., None], affine)))[:, :, 0]
+    if plane in ("tilted", "coronal", "sagittal", "upside down"):
+        assert pair.grids[0].tilted and (not exact or plane == "tilted" or image.GetDirection() == (1, 0, 0, 1))
+        image.SetDirection((1, 0, 0, 1))
     np.testing.assert_allclose(image.GetDirection(), field.GetDirection(), atol=1e-5)
     assert field.GetNumberOfComponentsPerPixel() == field.GetDimension() == 2
     transform = sitk.DisplacementFieldTransform(field)

@@ -53,11 +53,26 @@ class Grid:
 
     @cached_property
     def field_world(self) -> np.ndarray:
-        """As :attr:`world`, for a displacement field on this grid, which for (X, Y, 1) is of two dimensions."""
-        if self.shape[2] > 1:
-            return self.world
-        flat = itk_affine(self.header, self.shape[:2])
+        """As :attr:`world`, for a displacement field on this grid, which for (X, Y, 1) is of two dimensions.
+
+        Of a slice that is :attr:`tilted`: along the first two axes of LPS, from the same origin.
+        """
+        if self.tilted:
+            flat = np.diag([*nib.affines.voxel_sizes(self.world)[:2] * -1, 1, 1])
+            flat[:2, 3] = self.world[:2, 3]
+            return flat
+        flat = itk_affine(self.header, self.shape[:2]) if self.shape[2] == 1 else None
         return self.world if flat is None else flat
+
+    @cached_property
+    def tilted(self) -> bool:
+        """Whether it is a slice (X, Y, 1) in another plane than the axial one, coronal for instance.
+
+        In two dimensions, ITK keeps two components of its directions, which is not enough to tell where it lies: it
+        refuses such a header, or changes it.
+        """
+        directions = self.world[:2, :2] / nib.affines.voxel_sizes(self.world)[:2]
+        return self.shape[2] == 1 and not np.allclose(directions.T @ directions, np.eye(2), atol=1e-4)
 
     def note(self, name: object) -> str | None:
         """A line about the form that fields follow, where nibabel and SimpleITK differ; ``name`` is the file's."""

@@ -49,6 +49,12 @@ def register(
             typer.echo(f"note: {note}", err=True)
         if own:
             note_differences(pair, pairs, own)
+        if form == "itk" and pair.grids[0].tilted:
+            typer.echo(
+                f"note: {fixed} is no axial slice, and ITK has no place for others in two dimensions: the field lies "
+                "along the slice's own axes, with the direction (1, 0, 0, 1), which its images must have in SimpleITK.",
+                err=True,
+            )
         note_cost(pairs, profile, own is not None)
     started = time.perf_counter()
     found = registrar(pairs)

@@ -302,7 +302,7 @@ def write_field(
 ) -> None:
     """Write a displacement (D, *spatial), in voxels of the pair's grid, fixed to moving.
 
-    The file has the forms, codes and zooms of the fixed image.
+    The file has the forms, codes and zooms of the fixed image, but for a tilted slice: see ``Grid.field_world``.
 
     Args:
         form: "itk", float32 (X, Y, Z, 1, 3) with the intent "vector": millimetres along LPS axes, which ITK, SimpleITK
@@ -321,6 +321,8 @@ def write_field(
     header = grid.header
     if inverse and there is not here:
         here, there = there, here
+        header = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), here).header
+    elif grid.tilted:
         header = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), here).header
     dims = 2 if grid.shape[2] == 1 and _slice_axis(pair.shape) == 2 else 3
     axes = [*range(dims), 3]
