@@ -161,8 +161,17 @@ def test_synthetic_slices_which_are_coronal(tmp_path):
     assert np.array_equal(
         sitk.GetArrayFromImage(sitk.Resample(image, transform, sitk.sitkNearestNeighbor)).T, expected[..., 0]
     )
-    assert np.array_equal(applied(field, moving, "--onto", fixed), expected) and expected.any()
-    assert np.array_equal(nib.load(tmp_path / "applied.nii.gz").affine, nib.load(fixed).affine)
+    for options in ([], ["--onto", fixed]):
+        assert np.array_equal(applied(field, moving, *options), expected) and expected.any()
+        for image in (sitk.ReadImage(str(path)) for path in (tmp_path / "applied.nii.gz", warped)):
+            assert image.GetDirection() == sitk.ReadImage(str(fixed)).GetDirection()
+        assert np.array_equal(nib.load(tmp_path / "applied.nii.gz").affine, nib.load(fixed).affine)
+    voxels = np.array([[12, 11, 0], [20.5, 18, 0]])
+    millimetres = nib.affines.apply_affine(affine, voxels)
+    found = np.array(moved(field, csv_file(tmp_path / "mm.csv", millimetres.tolist())), float)
+    by_voxels = np.array(moved(field, csv_file(tmp_path / "v.csv", voxels.tolist()), "--voxels"), float)
+    np.testing.assert_allclose(found, nib.affines.apply_affine(affine, by_voxels), atol=1e-3)
+    assert np.linalg.norm(found - millimetres, axis=1).max() > 0.3 and np.allclose(found[:, 1], millimetres[:, 1])
     dice = [
         line.split()[1]
         for line in works(call("evaluate", "--pair", fixed, moving, "--field", field)).stdout.splitlines()

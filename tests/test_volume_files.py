@@ -386,6 +386,7 @@ def test_simpleitk_warps_a_slice_by_its_field(tmp_path, stored, plane, exact):
     if plane in ("tilted", "coronal", "sagittal", "upside down"):
         assert pair.grids[0].tilted and (not exact or plane == "tilted" or image.GetDirection() == (1, 0, 0, 1))
         image.SetDirection((1, 0, 0, 1))
+    np.testing.assert_allclose(nib.load(tmp_path / "u.nii.gz").affine, affine, atol=1e-5)
     np.testing.assert_allclose(image.GetDirection(), field.GetDirection(), atol=1e-5)
     assert field.GetNumberOfComponentsPerPixel() == field.GetDimension() == 2
     transform = sitk.DisplacementFieldTransform(field)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pairdiff_core.apps.grids import Grid, same_place, sample
+from pairdiff_core.apps.grids import Grid, leaves_axial_plane, same_place, sample
 from pairdiff_core.apps.volume_files import one_volume, write_nifti
 from pairdiff_core.data.image_files import read_image
 from pairdiff_core.errors import DataError
@@ -32,6 +32,16 @@ class Field:
     def world(self) -> np.ndarray:
         """(4, 4), voxel to world, mm, RAS, as SimpleITK reads the field."""
         return self.grid.field_world if self.flat else self.grid.world
+
+    @property
+    def laid_flat(self) -> bool:
+        """Whether it is one of a slice that is not axial: its sform says where that lies, its qform is for ITK."""
+        return self.flat and not self.grid.tilted and leaves_axial_plane(self.grid.affine)
+
+    @property
+    def note(self) -> str | None:
+        """As :meth:`Grid.note`, but the two forms of such a slice are as they should be."""
+        return None if self.laid_flat else self.grid.note(self.path)
 
     def onto(self, other: Grid, path: Path) -> np.ndarray:
         """The matrix (4, 4) from voxels of the field to voxels of an image.
@@ -98,11 +108,13 @@ def warp_image(
     if interpolation == "linear":
         values = values.astype(np.result_type(values.dtype, np.float32))
     target, shape, displacement, before = field.grid, field.grid.shape, field.displacement, None
-    notes = [note for each, path in ((field.grid, field.path), (grid, moving)) if (note := each.note(path))]
+    header = None if field.laid_flat else target.header
+    notes = [note for note in (field.note, grid.note(moving)) if note]
     if onto is not None:
         other, reference = read_image(onto)
         other = one_volume(other, onto)
         target, shape = Grid.of(reference), other.shape
+        header = target.header
         before = np.linalg.inv(field.onto(target, onto))
         displacement = np.stack(
             [sample(part, np.broadcast_to(np.float32(0), (3, *target.shape)), before, order=1) for part in displacement]
@@ -111,7 +123,7 @@ def warp_image(
         shape = shape[:2]
     volume = values.reshape(grid.shape)
     warped = sample(volume, displacement, before, field.onto(grid, moving), int(interpolation == "linear"))
-    write_nifti(out, warped.reshape(shape), target.affine, header=target.header)
+    write_nifti(out, warped.reshape(shape), target.affine, header=header)
     if not warped.any():
         notes.append("the result is empty: the field leads out of the moving image everywhere.")
     return f"{out}: {' x '.join(map(str, shape))} voxels, {interpolation}", notes
@@ -130,7 +142,7 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     given = table.shape[1]
     if given == 2 and field.grid.shape[2] > 1:
         raise DataError(f"{points} has no z, but {field.path} is a field of a volume. Give columns x, y, z.")
-    world = field.world if given == 2 else field.grid.world
+    world = field.world if given == 2 else field.grid.affine if field.laid_flat else field.grid.world
     places = np.column_stack([table, np.zeros((len(table), 3 - given)), np.ones(len(table))]).T  # (4, K)
     index = places if voxels else np.linalg.inv(world) @ places
     at = index[:3].reshape(3, -1, 1, 1)
@@ -146,7 +158,7 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([*_names(points), *rows])
     write_file(out, text.getvalue().encode())
-    notes = [note] if not voxels and (note := field.grid.note(field.path)) else []
+    notes = [field.note] if not voxels and field.note else []
     if outside:
         notes.append(f"{outside} of {len(rows)} landmarks lie outside the field and stay where they are.")
     return f"{out}: {len(rows)} landmark{'s' * (len(rows) != 1)}, {'voxels' if voxels else 'mm'}", notes

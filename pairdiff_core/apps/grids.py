@@ -71,8 +71,7 @@ class Grid:
         In two dimensions, ITK keeps two components of its directions, which is not enough to tell where it lies: it
         refuses such a header, or changes it.
         """
-        directions = self.world[:2, :2] / nib.affines.voxel_sizes(self.world)[:2]
-        return self.shape[2] == 1 and not np.allclose(directions.T @ directions, np.eye(2), atol=1e-4)
+        return self.shape[2] == 1 and leaves_axial_plane(self.world)
 
     def note(self, name: object) -> str | None:
         """A line about the form that fields follow, where nibabel and SimpleITK differ; ``name`` is the file's."""
@@ -99,6 +98,20 @@ def placed(header: nib.Nifti1Header, shape: Sequence[int], dtype: np.dtype | typ
         new[name] = header[name]
     new["pixdim"][:4] = header["pixdim"][:4]
     return new
+
+
+def leaves_axial_plane(affine: np.ndarray) -> bool:
+    """Whether the first two axes of such a grid run in another plane than the first two of the world."""
+    directions = affine[:2, :2] / nib.affines.voxel_sizes(affine)[:2]
+    return not np.allclose(directions.T @ directions, np.eye(2), atol=1e-4)
+
+
+def laid_flat(grid: Grid) -> nib.Nifti1Header:
+    """The header of a field on a tilted slice: ITK takes its qform, ``grid.field_world``, nibabel its true place."""
+    image = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), grid.world)
+    image.set_sform(grid.world, "aligned")
+    image.set_qform(grid.field_world, "scanner")
+    return image.header
 
 
 def itk_affine(header: nib.Nifti1Header, shape: Sequence[int]) -> np.ndarray | None:

@@ -51,8 +51,8 @@ def register(
             note_differences(pair, pairs, own)
         if form == "itk" and pair.grids[0].tilted:
             typer.echo(
-                f"note: {fixed} is not an axial slice, and in two dimensions ITK cannot say where others lie. The "
-                "field lies along the slice's own axes; in SimpleITK, an image needs the direction (1, 0, 0, 1).",
+                f"note: {fixed} is not an axial slice, and in two dimensions ITK cannot say where others lie. For "
+                "ITK, the field lies along the slice's own axes; an image there needs the direction (1, 0, 0, 1).",
                 err=True,
             )
         note_cost(pairs, profile, own is not None)

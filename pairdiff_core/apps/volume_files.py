@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from pairdiff_core.apps.grids import SAME_GRID, Grid, corners_apart, placed, same_place, sample
+from pairdiff_core.apps.grids import SAME_GRID, Grid, corners_apart, laid_flat, placed, same_place, sample
 from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.fields import to_itk, to_learn2reg
@@ -302,7 +302,7 @@ def write_field(
 ) -> None:
     """Write a displacement (D, *spatial), in voxels of the pair's grid, fixed to moving.
 
-    The file has the forms, codes and zooms of the fixed image, but for a tilted slice: see ``Grid.field_world``.
+    The file has the forms, codes and zooms of the fixed image, but for a tilted slice: see ``laid_flat``.
 
     Args:
         form: "itk", float32 (X, Y, Z, 1, 3) with the intent "vector": millimetres along LPS axes, which ITK, SimpleITK
@@ -323,7 +323,7 @@ def write_field(
         here, there = there, here
         header = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), here).header
     elif grid.tilted:
-        header = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), here).header
+        header = laid_flat(grid)
     dims = 2 if grid.shape[2] == 1 and _slice_axis(pair.shape) == 2 else 3
     axes = [*range(dims), 3]
     millimetres = to_itk(vectors[:dims], there[np.ix_(axes, axes)])  # (X, Y, Z, dims)
