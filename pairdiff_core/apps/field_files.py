@@ -9,9 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pairdiff_core.apps.grids import Grid, leaves_axial_plane, same_place, sample
-from pairdiff_core.apps.volume_files import one_volume, write_nifti
-from pairdiff_core.data.image_files import read_image
+from pairdiff_core.apps.grids import (
+    LAID_FLAT,
+    SAME_GRID,
+    Grid,
+    corners_apart,
+    leaves_axial_plane,
+    parallel,
+    same_place,
+    sample,
+)
+from pairdiff_core.apps.volume_files import MAX_LABELS, one_volume, write_nifti
+from pairdiff_core.data.image_files import is_whole, near_whole, read_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.storage import write_file
 
@@ -30,13 +39,26 @@ class Field:
 
     @property
     def world(self) -> np.ndarray:
-        """(4, 4), voxel to world, mm, RAS, as SimpleITK reads the field."""
+        """(4, 4), voxel to world, mm, RAS, as SimpleITK reads the field, along which its vectors run."""
         return self.grid.field_world if self.flat else self.grid.world
+
+    @property
+    def place(self) -> np.ndarray:
+        """As :attr:`world`, but of a slice that is not axial: where it lies."""
+        if self.laid_flat:
+            return self.grid.affine
+        return self.grid.world if self.grid.tilted else self.world
+
+    @property
+    def tilted(self) -> bool:
+        """Whether it is one of two dimensions on a slice that is not axial."""
+        return self.laid_flat or (self.flat and self.grid.tilted)
 
     @property
     def laid_flat(self) -> bool:
         """Whether it is one of a slice that is not axial: its sform says where that lies, its qform is for ITK."""
-        return self.flat and not self.grid.tilted and leaves_axial_plane(self.grid.affine)
+        named = self.grid.header["intent_name"].item() == LAID_FLAT.encode()
+        return self.flat and named and leaves_axial_plane(self.grid.affine)
 
     @property
     def note(self) -> str | None:
@@ -47,13 +69,27 @@ class Field:
         """The matrix (4, 4) from voxels of the field to voxels of an image.
 
         Millimetres lead to where SimpleITK sees the image; voxels count on the image's own grid, if it is that of the
-        field but for the order and direction of its axes.
+        field but for the order and direction of its axes. Slices that are not axial lie where they are, unless ITK
+        itself made a field of that image, which then has the grid that ITK sees there.
+
+        Raises:
+            DataError: if it is a field of two dimensions and the image lies in another plane, or is a volume.
         """
         if self.form == "l2r" and (same := same_place(self.grid, other)) is not None:
             return same
         if self.flat and other.shape[2] > 1:
             raise DataError(f"{self.path} is a field of two dimensions, but {path} is a volume. Give a slice.")
-        return np.linalg.inv(other.field_world if self.flat else other.world) @ self.world
+        if not self.flat or self.tilted or other.tilted:
+            by_itk = self.flat and not self.tilted and other.shape == self.grid.shape
+            if by_itk and corners_apart(self.world, other.field_world, other.shape) <= SAME_GRID:
+                return np.linalg.inv(other.field_world) @ self.world
+            if self.flat and not parallel(self.place, other.world):
+                raise DataError(
+                    f"{path} lies in another plane than the field {self.path}. Give a slice of that plane, or a field "
+                    "of register --format l2r, in voxels."
+                )
+            return np.linalg.inv(other.world) @ self.place
+        return np.linalg.inv(other.field_world) @ self.world
 
 
 def read_field(path: str | Path, form: str | None = None) -> Field:
@@ -79,7 +115,7 @@ def read_field(path: str | Path, form: str | None = None) -> Field:
         )
     if not np.isfinite(vectors).all():
         raise DataError(f"{path} holds NaN or infinite values. Make the field again.")
-    grid, form = Grid.of(image), form or found
+    grid, form = Grid.of(image, path), form or found
     field = Field(np.zeros((3, *grid.shape), np.float32), grid, dims == 2, form, path)
     field.displacement[:dims] = np.moveaxis(vectors, -1, 0)
     if form == "itk":  # millimetres along LPS -> RAS -> voxels
@@ -97,15 +133,20 @@ def warp_image(
     What lies outside the moving image is 0; outside the field, u is 0; both as in ITK.
 
     Args:
-        interpolation: "nearest" or "linear"; None: nearest for integer types, that is labels, else linear.
+        interpolation: "nearest" or "linear"; None: nearest for integer types, and for at most ``MAX_LABELS`` different
+            whole numbers of other types or behind a scale factor, that is labels; else linear.
 
     Returns:
         A line about the result, and notes.
     """
     values, image = read_image(moving)
-    values, grid = one_volume(values, moving), Grid.of(image)
-    interpolation = interpolation or ("nearest" if values.dtype.kind in "iu" else "linear")
-    if interpolation == "linear":
+    values, grid = one_volume(values, moving), Grid.of(image, moving)
+    whole = near_whole(values, image)
+    labels = values.dtype.kind in "iu" or (bool(is_whole(whole).all()) and len(np.unique(whole)) <= MAX_LABELS)
+    interpolation = interpolation or ("nearest" if labels else "linear")
+    if interpolation == "nearest":
+        values = whole if labels else values
+    else:
         values = values.astype(np.result_type(values.dtype, np.float32))
     target, shape, displacement, before = field.grid, field.grid.shape, field.displacement, None
     header = None if field.laid_flat else target.header
@@ -113,7 +154,7 @@ def warp_image(
     if onto is not None:
         other, reference = read_image(onto)
         other = one_volume(other, onto)
-        target, shape = Grid.of(reference), other.shape
+        target, shape = Grid.of(reference, onto), other.shape
         header = target.header
         before = np.linalg.inv(field.onto(target, onto))
         displacement = np.stack(
@@ -142,7 +183,9 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     given = table.shape[1]
     if given == 2 and field.grid.shape[2] > 1:
         raise DataError(f"{points} has no z, but {field.path} is a field of a volume. Give columns x, y, z.")
-    world = field.world if given == 2 else field.grid.affine if field.laid_flat else field.grid.world
+    if given == 2 and field.tilted and not voxels:
+        raise DataError(f"{points} has no z, but {field.path} is no field of an axial slice. Give x, y, z or --voxels.")
+    world = field.world if given == 2 else field.place if field.tilted else field.grid.world
     places = np.column_stack([table, np.zeros((len(table), 3 - given)), np.ones(len(table))]).T  # (4, K)
     index = places if voxels else np.linalg.inv(world) @ places
     at = index[:3].reshape(3, -1, 1, 1)
@@ -151,7 +194,7 @@ def move_landmarks(field: Field, points: Path, out: Path, voxels: bool = False) 
     moved = index.copy()
     moved[:3] += moves
     moved = moved if voxels else world @ moved
-    outside = int(((at < -0.5) | (at > np.reshape(field.grid.shape, (3, 1, 1, 1)) - 0.5)).any(axis=0).sum())
+    outside = int(((at < -0.5) | (at >= np.reshape(field.grid.shape, (3, 1, 1, 1)) - 0.5)).any(axis=0).sum())
     for row, place in zip(rows, moved[:given].T, strict=True):
         for column, value in zip(columns, place, strict=True):
             row[column] = f"{value:.{DECIMALS}f}"

@@ -19,12 +19,14 @@ from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 from scipy.ndimage import map_coordinates
 
 from pairdiff_core.data.image_files import ras_affine
+from pairdiff_core.errors import DataError
 
 SAME_GRID = 0.01  # voxels by which the corners of two grids may lie apart
 PLACE = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
+LAID_FLAT = "laid flat"  # intent name of a field
 AT_ONCE = 2**21  # voxels that are sampled together, so that their places need little memory
 
 
@@ -37,9 +39,17 @@ class Grid:
     affine: np.ndarray  # (4, 4), voxel to world, mm, RAS, as nibabel reads it
 
     @classmethod
-    def of(cls, image: nib.Nifti1Image) -> Grid:
-        """That of the first three axes of an image."""
-        return cls((*image.shape, 1, 1)[:3], image.header, image.affine)
+    def of(cls, image: nib.Nifti1Image, path: Path) -> Grid:
+        """That of the first three axes of an image.
+
+        Raises:
+            DataError: if its affine has no inverse; the message names the file.
+        """
+        grid = cls((*image.shape, 1, 1)[:3], image.header, image.affine)
+        for affine in (grid.affine, grid.world):
+            if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+                raise DataError(f"{path} has an affine without an inverse: {affine.tolist()}. Export it again.")
+        return grid
 
     @cached_property
     def seen_by_itk(self) -> np.ndarray | None:
@@ -69,7 +79,8 @@ class Grid:
         """Whether it is a slice (X, Y, 1) in another plane than the axial one, coronal for instance.
 
         In two dimensions, ITK keeps two components of its directions, which is not enough to tell where it lies: it
-        refuses such a header, or changes it.
+        refuses such a header, or changes it. So a field there lies flat for ITK, see :func:`laid_flat`, and the true
+        places of slices tell how one of them lies on another.
         """
         return self.shape[2] == 1 and leaves_axial_plane(self.world)
 
@@ -106,8 +117,17 @@ def leaves_axial_plane(affine: np.ndarray) -> bool:
     return not np.allclose(directions.T @ directions, np.eye(2), atol=1e-4)
 
 
+def parallel(affine: np.ndarray, other: np.ndarray, axes: tuple[int, int] = (2, 2)) -> bool:
+    """Whether two slices run in nearly one plane; ``axes`` are those of one voxel, across the slice."""
+    across = [np.linalg.inv(matrix)[axis, :3] for matrix, axis in zip((affine, other), axes, strict=True)]
+    return bool(abs(across[0] @ across[1]) > 0.9 * np.linalg.norm(across[0]) * np.linalg.norm(across[1]))
+
+
 def laid_flat(grid: Grid) -> nib.Nifti1Header:
-    """The header of a field on a tilted slice: ITK takes its qform, ``grid.field_world``, nibabel its true place."""
+    """The header of a field on a tilted slice: ITK takes its qform, ``grid.field_world``, nibabel its true place.
+
+    Fields that have it are named ``LAID_FLAT``, as other files may have two different forms, too.
+    """
     image = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), grid.world)
     image.set_sform(grid.world, "aligned")
     image.set_qform(grid.field_world, "scanner")
@@ -166,7 +186,8 @@ def sample(
 ) -> np.ndarray:
     """Values at after(before(x) + u(x)) for all voxels x; what lies outside the field of view is 0, as in ITK.
 
-    The view ends half a voxel beyond the outermost voxel centres; there, the outermost values count.
+    The view ends half a voxel beyond the outermost voxel centres, where the outermost values count: from -0.5, which is
+    in it, to N - 0.5, which is not.
 
     Args:
         values: (X, Y, Z).
@@ -187,8 +208,12 @@ def sample(
         voxels[0] += start
         places = before[:3, :3] @ voxels + before[:3, 3:] + displacement[:, part].reshape(3, -1)
         places = after[:3, :3] @ places + after[:3, 3:]
-        inside = ((places >= -0.5) & (places <= last)).all(axis=0)
-        sampled = np.zeros(inside.shape, values.dtype)
-        sampled[inside] = map_coordinates(values, places[:, inside], order=order, mode="nearest", output=values.dtype)
+        inside = ((places >= -0.5) & (places < last)).all(axis=0)
+        sampled, places = np.zeros(inside.shape, values.dtype), places[:, inside]
+        if order == 0:  # by index: map_coordinates computes in float64, which does not hold all 64-bit integers
+            nearest = np.floor(places + 0.5).astype(np.intp)
+            sampled[inside] = values[tuple(np.minimum(nearest, np.reshape(values.shape, (3, 1)) - 1))]
+        else:
+            sampled[inside] = map_coordinates(values, places, order=order, mode="nearest", output=values.dtype)
         found[part] = sampled.reshape(found[part].shape)
     return found

@@ -33,7 +33,10 @@ def register(
     """
     if run is None:
         refuse("names a network of a run: give --run, too", network=network)
-    check_outputs({"--out": out, "--inverse": inverse, "--warped": warped}, (fixed, moving), overwrite)
+    outputs = {"--out": out, "--inverse": inverse, "--warped": warped}
+    check_outputs(outputs, {"FIXED": fixed, "MOVING": moving}, overwrite)
+
+    import numpy as np
 
     from pairdiff_core.apps.cost import bars, note_cost
     from pairdiff_core.apps.registrars import chosen_registrar, note_differences, opened
@@ -52,7 +55,8 @@ def register(
         if form == "itk" and pair.grids[0].tilted:
             typer.echo(
                 f"note: {fixed} is not an axial slice, and in two dimensions ITK cannot say where others lie. For "
-                "ITK, the field lies along the slice's own axes; an image there needs the direction (1, 0, 0, 1).",
+                "ITK, the field lies along the slice's own axes; an image there needs the direction (1, 0, 0, 1)"
+                + (f" and the grid of {fixed}." if not np.allclose(pair.to_moving, np.eye(4)) else "."),
                 err=True,
             )
         note_cost(pairs, profile, own is not None)

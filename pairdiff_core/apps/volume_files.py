@@ -14,7 +14,17 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from pairdiff_core.apps.grids import SAME_GRID, Grid, corners_apart, laid_flat, placed, same_place, sample
+from pairdiff_core.apps.grids import (
+    LAID_FLAT,
+    SAME_GRID,
+    Grid,
+    corners_apart,
+    laid_flat,
+    parallel,
+    placed,
+    same_place,
+    sample,
+)
 from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.fields import to_itk, to_learn2reg
@@ -32,7 +42,7 @@ class VolumePair:
     """A fixed and a moving label volume on the grid of the fixed one; a slice has two spatial axes."""
 
     labels: torch.Tensor  # uint8 (2, *spatial): index into values of the fixed and of the moving image
-    values: np.ndarray  # (C,), 0 and the label values of both images, sorted; 0 and 1 for two masks
+    values: np.ndarray  # uint64 (C,), 0 and the label values of both images, sorted; 0 and 1 for two masks
     spacing: tuple[float, ...]  # millimetres between voxel centres along each spatial axis
     shape: tuple[int, ...]  # of the fixed file, (X, Y, Z), or (X, Y) of a plain slice
     grids: tuple[Grid, Grid]  # of the fixed and of the moving file
@@ -72,7 +82,7 @@ class VolumePair:
             for label in np.flatnonzero(~known)[:1]:
                 path = self.paths[0] if (self.labels[0] == label).any() else self.paths[1]
                 raise DataError(
-                    f"{path} holds the label {self.values[label]:g}, but the network knows 0 to {last}. Change the "
+                    f"{path} holds the label {self.values[label]}, but the network knows 0 to {last}. Change the "
                     "labels, or choose no run."
                 )
             table = np.minimum(self.values, last)
@@ -140,7 +150,7 @@ def _slice_axis(shape: Sequence[int]) -> int | None:
 
 
 def _listed(values: Iterable[float]) -> str:
-    values = [f"{value:g}" for value in values]
+    values = [str(int(value)) for value in values]
     return ", ".join([*values[:LISTED], *(["..."] if len(values) > LISTED else [])])
 
 
@@ -158,12 +168,15 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
     """
     paths = (Path(fixed), Path(moving))
     (fixed_labels, fixed_image), (moving_labels, moving_image) = (_read_volume(path) for path in paths)
-    grids = (Grid.of(fixed_image), Grid.of(moving_image))
+    grids = (Grid.of(fixed_image, paths[0]), Grid.of(moving_image, paths[1]))
     notes = [note for grid, path in zip(grids, paths, strict=True) if (note := grid.note(path))]
     to_moving = same_place(*grids)
     if to_moving is None:
         if not resample:
             raise DataError(_differ(grids, paths))
+        across = tuple(_slice_axis(grid.shape) for grid in grids)
+        if None not in across and not parallel(grids[0].world, grids[1].world, across):
+            raise DataError(f"{paths[1]} is a slice in another plane than {paths[0]}. Give two slices of one plane.")
         to_moving = np.linalg.inv(grids[1].world) @ grids[0].world
         notes.append(f"{paths[1]} was resampled onto the grid of {paths[0]} by nearest neighbour.")
     elif not np.allclose(to_moving, np.eye(4)):
@@ -171,14 +184,16 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
         notes.append(
             f"{paths[1]} was turned from axes {axes[1]} to {axes[0]}, those of {paths[0]}; so are the outputs."
         )
-    values = np.union1d([0], np.union1d(fixed_labels, moving_labels))
+    held = [np.unique(labels) for labels in (fixed_labels, moving_labels)]
+    found = [own.astype(np.uint64) for own in held]  # the one type that holds all labels exactly
+    values = np.union1d(np.zeros(1, np.uint64), np.union1d(*found))
     both = f"{paths[0]} and {paths[1]} hold"
     if len(values) > MAX_LABELS:
         raise DataError(
             f"{both} {len(values)} different values, more than the {MAX_LABELS} that labels may have: these are "
             "intensity images. Give segmentations."
         )
-    own = [np.setdiff1d(labels, [0]) for labels in (fixed_labels, moving_labels)]
+    own = [labels[labels > 0] for labels in found]
     moving_values = values.astype(moving_labels.dtype)
     if not np.intersect1d(*own).size:
         if max(map(len, own)) > 1:
@@ -186,20 +201,24 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
                 f"{both} no label in common: {_listed(own[0])} and {_listed(own[1])}. Give the same structure the "
                 "same label in both."
             )
-        notes.append(f"the masks {paths[0]} ({own[0][0]:g}) and {paths[1]} ({own[1][0]:g}): non-zero is taken as 1.")
-        values, moving_values = np.array([0, 1]), np.array([0, own[1][0]], moving_labels.dtype)
-        fixed_labels, moving_labels = fixed_labels != 0, moving_labels != 0
-    if len(values) == 2 and fixed_labels.all() and moving_labels.all():
-        raise DataError(f"{both} only the value {own[0][0]:g}: there is nothing to register by.")
+        notes.append(f"the masks {paths[0]} ({own[0][0]}) and {paths[1]} ({own[1][0]}): non-zero is taken as 1.")
+        moving_values = np.array([0, own[1][0]], np.uint64).astype(moving_labels.dtype)
+        values, found = np.arange(2, dtype=np.uint64), [labels > 0 for labels in found]
+    if len(values) == 2 and all(map(np.all, found)):
+        raise DataError(f"{both} only the value {own[0][0]}: there is nothing to register by.")
     for path, one, other in zip(paths, own, reversed(own), strict=True):
         alone = np.setdiff1d(one, other)
         if alone.size and len(values) > 2:
             what = "labels" if len(alone) > 1 else "label"
             notes.append(f"{path} alone holds the {what} {_listed(alone)}, which nothing can be matched with.")
-    indices = [np.searchsorted(values, labels).astype(np.uint8) for labels in (fixed_labels, moving_labels)]
+    indices = [
+        np.searchsorted(values, new).astype(np.uint8)[np.searchsorted(old, labels)]
+        for new, old, labels in zip(found, held, (fixed_labels, moving_labels), strict=True)
+    ]
     shape, axis = indices[0].shape, _slice_axis(indices[0].shape)
     volume = indices[1].reshape(grids[1].shape)
-    moved = volume if np.array_equal(to_moving, np.eye(4)) else sample(volume, _still(grids[0]), after=to_moving)
+    same = np.array_equal(to_moving, np.eye(4)) and grids[0].shape == grids[1].shape
+    moved = volume if same else sample(volume, _still(grids[0]), after=to_moving)
     if not moved.any():
         raise DataError(f"{paths[1]} has nothing in the field of view of {paths[0]}: align the two first.")
     labels, spacing = np.stack([indices[0], moved.reshape(shape)]), nib.affines.voxel_sizes(grids[0].affine)
@@ -236,11 +255,11 @@ def _read_volume(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
         raise DataError(f"{path} does not exist or is no file. Give an image file, such as .nii.gz.")
     values, image = read_label_image(path)
     values = one_volume(values, path)
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine)) < 1e-12:
-        raise DataError(f"{path} has an affine without an inverse: {image.affine.tolist()}. Export it again.")
     if values.min() < 0:
         negative = np.unique(values[values < 0])
         raise DataError(f"{path} holds negative labels: {_listed(negative)}. 0 is background; renumber them above it.")
+    if values.max() >= 2.0**64:
+        raise DataError(f"{path} holds the label {values.max():.9g}, larger than 64 bits hold. Give smaller labels.")
     if not values.any():
         raise DataError(f"{path} is empty: all its voxels are 0. Give a segmentation with something in it.")
     return values, image
@@ -270,6 +289,7 @@ def write_nifti(
     affine: np.ndarray,
     intent: str = "none",
     header: nib.Nifti1Header | None = None,
+    name: str = "",
 ) -> None:
     """Write values (X, Y, Z, ...) with their voxel-to-world matrix (4, 4), mm, RAS; compressed for ``.nii.gz``.
 
@@ -277,6 +297,7 @@ def write_nifti(
 
     Args:
         header: whose forms, codes, zooms and unit are kept; then ``affine`` does not count.
+        name: of the intent.
 
     Raises:
         CheckpointError: if it cannot be written; an older file then is still there.
@@ -292,7 +313,7 @@ def write_nifti(
         image = nib.Nifti1Image(values, None, new, dtype=values.dtype)
     if image.header.get_xyzt_units()[0] == "unknown":
         image.header.set_xyzt_units("mm")
-    image.header.set_intent(intent)
+    image.header.set_intent(intent, name=name)
     content = image.to_bytes()
     write_file(Path(path), gzip.compress(content, 1, mtime=0) if str(path).endswith(".gz") else content)
 
@@ -310,21 +331,36 @@ def write_field(
             (X, Y) or (X, Y, 1), it is (X, Y, 1, 1, 2), a field of two dimensions. "l2r", float32 (X, Y, Z, 3) in
             voxels along the array's axes, as in Learn2Reg, with a component 0 for the axis of one voxel.
         inverse: whether the displacement is from moving to fixed, on the pair's grid, too.
+
+    Raises:
+        DataError: for "itk", if it is of two tilted slices that lie apart for ITK, though not for nibabel.
     """
     grid, vectors = pair.grids[0], torch.from_numpy(pair.in_volume(displacement))  # (3, X, Y, Z)
     if form == "l2r":
         write_nifti(path, to_learn2reg(vectors), grid.affine, header=grid.header)
         return
-    here, there = grid.field_world, pair.grids[1].field_world @ pair.to_moving
-    if grid.shape[2] == 1 and pair.grids[1].shape[2] > 1 or corners_apart(here, there, grid.shape) <= SAME_GRID:
+    other, header, name = pair.grids[1], grid.header, ""
+    dims = 2 if grid.shape[2] == 1 and _slice_axis(pair.shape) == 2 else 3
+    tilted = dims == 2 and (grid.tilted or other.tilted)
+    if tilted:
+        here = grid.field_world
+        there = here @ np.linalg.inv(grid.world) @ other.world @ pair.to_moving
+    elif dims == 2:
+        here, there = grid.field_world, other.field_world @ pair.to_moving
+    else:
+        here, there = grid.world, other.world @ pair.to_moving
+    if dims == 2 and other.shape[2] > 1 or corners_apart(here, there, grid.shape) <= SAME_GRID:
         there = here
-    header = grid.header
+    elif tilted:
+        raise DataError(
+            f"{pair.paths[0]} and {pair.paths[1]} are slices that are not axial and lie on one grid by sform, but not "
+            "by qform. Add --format l2r, in voxels."
+        )
     if inverse and there is not here:
         here, there = there, here
         header = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), here).header
-    elif grid.tilted:
-        header = laid_flat(grid)
-    dims = 2 if grid.shape[2] == 1 and _slice_axis(pair.shape) == 2 else 3
+    elif dims == 2 and grid.tilted:
+        header, name = laid_flat(grid), LAID_FLAT
     axes = [*range(dims), 3]
     millimetres = to_itk(vectors[:dims], there[np.ix_(axes, axes)])  # (X, Y, Z, dims)
     if there is not here:  # to SimpleITK, the two images lie on different grids
@@ -332,4 +368,4 @@ def write_field(
         for axis, shift in enumerate((there - here)[:dims]):
             sign = -1 if axis < 2 else 1  # RAS, LPS
             millimetres[..., axis] += sign * (shift[0] * x + shift[1] * y + shift[2] * z + shift[3])
-    write_nifti(path, millimetres.astype(np.float32)[:, :, :, None], grid.affine, "vector", header)
+    write_nifti(path, millimetres.astype(np.float32)[:, :, :, None], grid.affine, "vector", header, name)
