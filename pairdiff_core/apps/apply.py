@@ -16,7 +16,7 @@ def apply(
     moving: Annotated[Path, typer.Argument(help="Image or labels to warp; or landmarks to move (CSV: x, y, z).")],
     out: Annotated[Path, typer.Option(help="File to write, .nii.gz or .nii; .csv for landmarks.")],
     interpolation: Annotated[
-        Literal["linear", "nearest"] | None, typer.Option(help="Default: nearest for integer types, else linear.")
+        Literal["linear", "nearest"] | None, typer.Option(help="Default: nearest for labels and integers, else linear.")
     ] = None,
     onto: Annotated[Path | None, typer.Option(help="Image whose grid the result gets; default: the field's.")] = None,
     voxels: Annotated[bool, typer.Option("--voxels", help="Landmarks are voxels of the field's grid, not mm.")] = False,
@@ -30,8 +30,8 @@ def apply(
 
     Images and labels go from moving to fixed: the result at x of the fixed grid is moving(x + u(x)), and 0 where that
     lies outside the moving image. Landmarks go the other way, from fixed to moving: a landmark p of the fixed image
-    becomes p + u(p), the same place in the moving image. They are in mm (RAS, as NIfTI's world) or, with --voxels, in
-    voxels of the field's grid.
+    becomes p + u(p), the same place in the moving image; outside the field, it stays where it is. They are in mm, where
+    SimpleITK sees the image (RAS), or, with --voxels, in voxels of the field's grid.
 
     \b
     Example:
@@ -43,7 +43,7 @@ def apply(
         refuse("is for images, not for landmarks", interpolation=interpolation, onto=onto)
     else:
         refuse("is for landmarks (.csv)", voxels=voxels)
-    inputs = [path for path in (field, moving, onto) if path]
+    inputs = {"FIELD": field, "MOVING": moving, "--onto": onto}
     check_outputs({"--out": out}, inputs, overwrite, (".csv",) if landmarks else SUFFIXES)
 
     from pairdiff_core.apps.field_files import move_landmarks, read_field, warp_image

@@ -89,20 +89,22 @@ def evaluate(
     if method == "before":
         refuse("is for a method that registers: give --method", levels=levels, steps=steps)
     read = [*(pair or ()), *(landmarks or ()), *([field] if field else [])]
-    check_outputs({"--json": json}, read, overwrite)
+    check_outputs({"--json": json}, {"--pair": pair, "--landmarks": landmarks, "--field": field}, overwrite)
 
     from tqdm import tqdm
 
     from pairdiff_core import registration
     from pairdiff_core.apps.cost import note_cost
-    from pairdiff_core.apps.one_case import as_case, score_case
-    from pairdiff_core.apps.registrars import chosen_registrar, opened
+    from pairdiff_core.apps.one_case import as_case, note_outside, score_case
+    from pairdiff_core.apps.registrars import chosen_registrar, note_differences, opened
     from pairdiff_core.apps.volume_files import read_pair
     from pairdiff_core.data import load_pairs
     from pairdiff_core.storage import fingerprint, provenance, write_json
     from pairdiff_core.training import best_device
 
     own = opened(run)
+    if own:
+        check_outputs({"--json": json}, {"--run": own.path}, overwrite)
     by_network, volumes = own if method.startswith("network") else None, None
     if pair is not None:
         volumes = read_pair(*pair, resample)
@@ -129,8 +131,12 @@ def evaluate(
         measuring = registration.evaluate(pairs, registrar)
     else:
         split, about["files"] = "pair", [str(path) for path in read]
-        for note in [*volumes.notes, *(volumes.merged_by(settings) if by_network else [])] if not quiet else ():
+        notes = [*volumes.notes, *(volumes.merged_by(settings) if by_network else [])]
+        notes += note_outside(pairs) if field or registrar else []
+        for note in notes if not quiet else ():
             typer.echo(f"note: {note}", err=True)
+        if by_network and not quiet:
+            note_differences(volumes, pairs, own)
         measuring = (score_case(volumes, pairs, registrar, by_network and settings, field) for _ in range(1))
     if registrar is not None and not quiet:
         note_cost(pairs, with_levels(levelled, steps=0) if method == "network" else levelled, by_network is not None)
@@ -138,9 +144,12 @@ def evaluate(
     made_by |= {"split": split, "pairs": len(pairs), **about}
     measured = []
     for case in (bar := tqdm(measuring, total=len(pairs), disable=quiet or None)):
+        warnings = case.pop("warnings", ())
         measured.append(case)
         texts = [text.format(case[key]) for key, text in SHOWN.items() if case.get(key) is not None]
         bar.write("  ".join([case["name"], *texts]), file=sys.stdout)
+        for warning in warnings:
+            bar.write(f"warning: {warning}", file=sys.stderr)
     row = registration.summarise(measured, pairs.label_names)
     del row["cases"]
     show(row)

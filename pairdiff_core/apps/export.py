@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pairdiff_core import __version__
 from pairdiff_core.apps.volume_files import write_nifti
 from pairdiff_core.data import grid_affine, label_names
-from pairdiff_core.errors import DataError
+from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.pipeline import (
     Run,
     Trained,
@@ -55,6 +55,12 @@ def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> 
     """
     to = _unused(to)
     work = open_run(find_model(run))
+    stages = [(work.path / f"{stage}.safetensors").exists() for stage in ("synthesis", "vqae", "denoiser")]
+    if stages == [False, True, True]:
+        raise CheckpointError(
+            f"{work.path} holds no synthetic pairs, but the networks to draw some. To write them, run: pairdiff run "
+            f"synthesis --model {run} --to {to}"
+        )
     tensors, description = load_checkpoint(work.path / "synthesis.safetensors")
     autoencoder = find_autoencoder(work, description["config"]["inputs"]["autoencoder"])
     made_by = description["provenance"] | {"dataset": work.dataset, "config": description["config"]}

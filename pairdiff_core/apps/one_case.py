@@ -24,7 +24,7 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
     Raises:
         DataError: if a file is bad, or they do not hold the same number of landmarks; the message names the file.
     """
-    pairs = replace(volumes.pairs(), label_names=tuple(f"{value:g}" for value in volumes.values))
+    pairs = replace(volumes.pairs(), label_names=tuple(map(str, volumes.values)))
     if landmarks is None:
         return pairs
     fixed, moving = (read_landmarks(path) for path in landmarks)
@@ -37,6 +37,15 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
     points = [_voxels(fixed, np.linalg.inv(volumes.grids[0].world)), _voxels(moving, to_fixed_grid)]
     kept = np.stack(points, 1)[..., volumes.spatial_axes]  # (K, 2, D)
     return replace(pairs, landmarks=(torch.from_numpy(kept).float(),))
+
+
+def note_outside(pairs: PairSet) -> list[str]:
+    """A line, if landmarks of the fixed image lie outside its grid, where there is no displacement."""
+    if pairs.landmarks is None:
+        return []
+    fixed = pairs.landmarks[0][:, 0]
+    outside = int(((fixed < -0.5) | (fixed >= torch.tensor(pairs.spatial) - 0.5)).any(dim=1).sum())
+    return [f"{outside} of {len(fixed)} landmarks lie outside the field and stay where they are."] if outside else []
 
 
 def _voxels(points: np.ndarray, to_voxels: np.ndarray) -> np.ndarray:
@@ -74,6 +83,9 @@ def score_case(
         registrar: how to register; None for not.
         profile: of the registrar's network, whose labels it takes; None without a network.
         field: a displacement field; its inverse is not known, and so the case has no inverse consistency.
+
+    Returns:
+        The case; of a registrar also with ``warnings``, lines for its user.
     """
     if field is not None:
         displacement = displacement_on(volumes, read_field(field))
@@ -85,4 +97,6 @@ def score_case(
     given, started = volumes.pairs(profile), time.perf_counter()
     found = registrar(given)
     seconds = time.perf_counter() - started
-    return score_pair(pairs, found, volumes.warped_labels(found.displacement[0])[None]) | {"seconds": seconds}
+    displacement = found.displacement[0]
+    case = score_pair(pairs, found, volumes.warped_labels(displacement)[None])
+    return case | {"seconds": seconds, "warnings": volumes.judged(displacement)[2]}

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import typer
 
 from pairdiff_core.apps.options import SUFFIXES
 from pairdiff_core.errors import DataError
 
-ENDINGS = {"--json": (".json", "")}  # of other outputs than images; "" is any
+ENDINGS = {"--json": (".json",)}  # of other outputs than images
+HALVES = (".hdr", ".img", ".hdr.gz", ".img.gz")  # of images in two files
+HEADERS = (".nhdr", ".mhd")  # name the files that hold the voxels
 
 
 def check_outputs(
     outputs: Mapping[str, Path | None],
-    inputs: Sequence[Path] = (),
+    inputs: Mapping[str, Path | Iterable[Path] | None] = MappingProxyType({}),
     overwrite: bool = False,
     suffixes: Sequence[str] = SUFFIXES,
 ) -> None:
     """Refuse outputs that cannot be written, or that would replace an input, each other, or an existing file.
 
-    Files are compared as files, not by how their names are spelled: links, linked folders and hard links count.
+    Files are compared as files, not by how their names are spelled: links, linked folders and hard links count. Of an
+    image in two files, and of a folder, all files are inputs.
 
     Args:
         outputs: the option that names it, and the path; None for one that is not wanted.
-        inputs: files that are read.
+        inputs: the option or argument that names it, and the file or folder that is read, or several.
         overwrite: whether outputs that exist may be replaced. Inputs may never be.
         suffixes: how names must end, but for ``--json``.
 
@@ -34,17 +38,52 @@ def check_outputs(
         typer.BadParameter: for a wrong ending, or a file that is named twice.
         DataError: for what cannot be written, or exists.
     """
-    taken = {each for path in inputs for each in _identities(path)}
+    taken: dict[object, tuple[str, Path, Path]] = {}  # by what files have in common: the option, its path, the file
+    for option, paths in inputs.items():
+        for path in [paths] if isinstance(paths, Path) else paths or ():
+            for file in [*_parts(path), path]:
+                taken |= dict.fromkeys(_identities(file), (option, path, file))
     for option, path in [(option, path) for option, path in outputs.items() if path]:
-        if not path.name.endswith(tuple(ENDINGS.get(option, suffixes))):
-            raise typer.BadParameter(f"{path} must end in {' or '.join(suffixes)}", param_hint=option)
-        if taken & _identities(path):
-            raise typer.BadParameter(f"{path} is named twice; outputs need files of their own", param_hint=option)
-        taken |= _identities(path)
+        endings = ENDINGS.get(option, suffixes)
+        if not path.name.endswith(tuple(endings)):
+            raise typer.BadParameter(f"{path} must end in {' or '.join(endings)}", param_hint=option)
+        for same in taken.keys() & _identities(path):
+            raise typer.BadParameter(_named_twice(option, path, *taken[same]), param_hint=option)
+        taken |= dict.fromkeys(_identities(path), (option, path, path))
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise DataError(f"{path} cannot be written: it is a folder, or its folder is missing or read-only.")
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} cannot be written: it is a device or a pipe, no file. Give another name.")
         if os.path.lexists(path) and not overwrite:  # a link to nothing exists, too
             raise DataError(f"{path} exists. Give --overwrite to replace it, or another name.")
+
+
+def _named_twice(option: str, path: Path, other: str, named: Path, file: Path) -> str:
+    """Why an output is refused: it is ``file``, which is what ``other`` names, or a part of that."""
+    if file != named:
+        why = f"{path} ({option}) belongs to {named} ({other})"
+    elif str(path) == str(named):
+        why = f"{path} is named twice, by {option} and {other}"
+    else:
+        why = f"{path} ({option}) and {named} ({other}) are the same file"
+    return f"{why}; outputs need files of their own"
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """The files of a folder; the halves of an image in two files; the files that a header names."""
+    name = path.name.lower()
+    if path.is_dir():
+        yield from (file for file in path.rglob("*") if file.is_file())
+    elif name.endswith(HALVES):
+        stem = path.name[: -len(next(ending for ending in HALVES[::-1] if name.endswith(ending)))]
+        for ending in HALVES:
+            yield from (path.with_name(stem + ending), path.with_name(stem + ending.upper()))
+    elif name.endswith(HEADERS) and path.is_file():
+        for line in path.read_bytes().decode("latin-1").splitlines():
+            value = line.replace("=", ":").partition(":")[2]
+            for words in {line.strip(), value.strip(), *value.split()} - {"", "."}:
+                if len(words) < 256 and "\0" not in words:
+                    yield path.parent / words
 
 
 def _identities(path: Path) -> set[object]:

@@ -258,7 +258,7 @@ def _read_volume(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     if values.min() < 0:
         negative = np.unique(values[values < 0])
         raise DataError(f"{path} holds negative labels: {_listed(negative)}. 0 is background; renumber them above it.")
-    if values.max() >= 2.0**64:
+    if values.dtype.kind == "f" and values.max() >= 2.0**64:
         raise DataError(f"{path} holds the label {values.max():.9g}, larger than 64 bits hold. Give smaller labels.")
     if not values.any():
         raise DataError(f"{path} is empty: all its voxels are 0. Give a segmentation with something in it.")

@@ -33,6 +33,7 @@ UNREADABLE = (
     KeyError,
     TypeError,
 )
+EXACT = 2**53  # float64 holds whole numbers up to here
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # else a line beside each error that it raises
 
 
@@ -68,21 +69,20 @@ def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
 
 
 def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """As :func:`read_image`, for an image that holds whole numbers.
-
-    Where a scale factor in the header keeps the stored integers from meeting them, they are rounded: to whole numbers
-    within half a step of the scale.
+    """As :func:`read_image`, for an image that holds whole numbers, see :func:`near_whole`.
 
     Raises:
         DataError: as there, or if the image holds anything but whole numbers.
     """
     values, image = read_image(path)
-    step = abs(getattr(image.dataobj, "slope", 1.0))
-    whole, scaled = np.round(values), values.dtype.kind == "f" and image.get_data_dtype().kind in "iu"
-    if scaled and 0 < step < 1:  # with larger steps, whole numbers between them are lost
-        near = step / 2 + 1e-6 * np.abs(values).max(initial=0)  # the header has seven digits of the scale
-        values = np.where(np.abs(whole - values) <= near, whole, values)
-    broken = ~np.isfinite(values) | (whole != values)
+    step, scaled = _scale(values, image)
+    values = near_whole(values, image)
+    broken = ~is_whole(values)
+    if scaled and np.abs(values).max(initial=0) > EXACT:
+        raise DataError(
+            f"{path} holds labels up to {np.abs(values).max():.9g} behind the scale factor {step:.6g}, which keeps no "
+            "more than 53 bits of them. Save it again as integers without a scale factor."
+        )
     if broken.any():
         example = f"{path} holds values that are no whole numbers, such as {values[broken][0]:.9g}"
         if scaled:
@@ -95,6 +95,31 @@ def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
             "by nearest neighbour."
         )
     return values, image
+
+
+def near_whole(values: np.ndarray, image: nib.Nifti1Image) -> np.ndarray:
+    """The values that :func:`read_image` gave, as the whole numbers that were meant.
+
+    Where a scale factor in the header keeps the stored integers from meeting them, they are rounded: to whole numbers
+    within half a step of the scale. Other values stay as they are.
+    """
+    step, scaled = _scale(values, image)
+    if not scaled or not 0 < step < 1:  # with larger steps, whole numbers between them are lost
+        return values
+    whole = np.round(values)
+    near = step / 2 + 1e-6 * np.abs(values).max(initial=0)  # the header has seven digits of the scale
+    return np.where(np.abs(whole - values) <= near, whole, values)
+
+
+def is_whole(values: np.ndarray) -> np.ndarray:
+    """Where values are whole numbers, bool of their shape."""
+    return np.isfinite(values) & (np.round(values) == values)
+
+
+def _scale(values: np.ndarray, image: nib.Nifti1Image) -> tuple[float, bool]:
+    """The scale factor of an image, and whether its values are stored as integers that are scaled."""
+    scaled = values.dtype.kind == "f" and image.get_data_dtype().kind in "iu"
+    return abs(getattr(image.dataobj, "slope", 1.0)), scaled
 
 
 def _of_one_file(path: Path) -> nib.Nifti1Image:

@@ -64,9 +64,12 @@ def target_registration_error(displacement: Tensor, landmarks: Tensor, spacing: 
 
     The displacement is float (D, *spatial), voxels, fixed to moving; zeros give the error before registration. The
     landmarks are float (K, 2, D), voxel coordinates, ``[:, 0]`` fixed and ``[:, 1]`` moving; ``spacing`` is in mm.
+    A fixed landmark outside the field of view stays where it is, as in ITK.
     """
     fixed, moving = landmarks.to(displacement).unbind(1)
-    arrived = fixed + fields.sample_at(displacement, fixed)
+    last = displacement.new_tensor(displacement.shape[1:]) - 0.5
+    inside = ((fixed >= -0.5) & (fixed < last)).all(dim=1, keepdim=True)
+    arrived = fixed + torch.where(inside, fields.sample_at(displacement, fixed), 0.0)
     return ((arrived - moving) * displacement.new_tensor(tuple(spacing))).norm(dim=1)
 
 
