@@ -73,6 +73,7 @@ def test_landmarks_of_a_coronal_slice_on_another_grid(coronal, tmp_path):
     flat = tmp_path / "flat.csv"
     flat.write_text("x,y\n15,14\n")
     fails(call("apply", field, flat, "--out", tmp_path / "q.csv"), "has no z, but")
+    fails(call("evaluate", "--pair", coronal["fixed"], coronal["moving"], "--landmarks", flat, flat), "has no z, but")
 
 
 def test_slices_of_another_plane_are_refused(coronal, tmp_path):

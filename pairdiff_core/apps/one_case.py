@@ -33,6 +33,8 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
         raise DataError(
             f"{landmarks[1]} holds {numbers[1]} numbers, but {landmarks[0]} {numbers[0]}: give the same points."
         )
+    if fixed.shape[1] == 2 and any(grid.shape[2] > 1 or grid.tilted for grid in volumes.grids):
+        raise DataError(f"{landmarks[0]} has no z, but {volumes.paths[0]} is no axial slice. Give columns x, y, z.")
     to_fixed_grid = np.linalg.inv(volumes.to_moving) @ np.linalg.inv(volumes.grids[1].world)
     points = [_voxels(fixed, np.linalg.inv(volumes.grids[0].world)), _voxels(moving, to_fixed_grid)]
     kept = np.stack(points, 1)[..., volumes.spatial_axes]  # (K, 2, D)
