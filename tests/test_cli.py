@@ -756,6 +756,61 @@ def test_one_case_is_registered_as_register_does_it(files, tmp_path, trained_3d)
         assert found["provenance"]["method"] == method and found["provenance"]["files"] == [str(path) for path in files]
 
 
+def test_landmarks_outside_the_field_stay_as_in_apply(files, tmp_path):
+    affine, field = nib.load(files[0]).affine, tmp_path / "u.nii.gz"
+    works(call("register", *files, "--out", field, "--steps", 3))
+    voxels = np.array([[-2, 8, 8], [8, 8, 8], [19.6, 8, 8], [-0.4, 8, 8], [8, 8, 40]])
+    fixed, moved = points(tmp_path / "f.csv", voxels, affine), tmp_path / "m.csv"
+    told = "3 of 5 landmarks lie outside the field and stay where they are"
+    assert told in works(call("apply", field, fixed, "--out", moved)).stderr
+    for chosen in (("--field", field), ("--method", "baseline", "--steps", 3)):
+        result = works(call("evaluate", "--pair", *files, "--landmarks", fixed, moved, *chosen))
+        assert told in result.stderr
+        (line,) = (line for line in result.stdout.splitlines() if line.startswith("tre_all worst30"))
+        assert float(line.split()[-1]) < 2e-3
+        apart = json_of(
+            "evaluate", "--pair", *files, "--landmarks", fixed, fixed, *chosen, json_file=tmp_path / "e.json"
+        )
+        assert np.allclose(np.array(apart["cases"][0]["errors_mm"])[[0, 2, 4]], 0, atol=1e-4)
+        assert apart["cases"][0]["errors_mm"][1] > 0.1
+    assert told not in works(call("evaluate", "--pair", *files, "--landmarks", fixed, fixed)).stderr
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_evaluate_says_what_register_says(tmp_path, trained_3d, network):
+    """Its notes on the files and the network, and its warnings."""
+    chosen, spoken = ("--run", trained_3d[0].path, "--steps", 0) if network else ("--steps", 1), []
+    fixed = write(tmp_path / "f.nii", box(SHAPE), np.diag([0.5, 0.5, 0.5, 1]))
+    for index, moving in enumerate((box(SHAPE), np.roll(box(SHAPE), 8, 0))):
+        path = write(tmp_path / f"{index}.nii", moving, np.diag([0.5, 0.5, 0.5, 1]))
+        registered = works(call("register", fixed, path, "--out", tmp_path / "u.nii", "--overwrite", *chosen))
+        method = () if network else ("--method", "baseline")
+        evaluated = works(call("evaluate", "--pair", fixed, path, *method, *chosen))
+        assert evaluated.stderr == registered.stderr
+        spoken.append(evaluated.stderr)
+        quiet = works(call("evaluate", "--pair", fixed, path, "--quiet", *method, *chosen)).stderr
+        assert quiet.splitlines() == [line for line in evaluated.stderr.splitlines() if line.startswith("warning")]
+    assert "warning: Dice started at 0" in spoken[1]
+    assert not network or "note: the network was trained at" in spoken[0]
+
+
+def test_register_and_evaluate_where_grids_differ_in_size_only(tmp_path):
+    sizes = {"volume": (20, 18, 16), "shorter": (20, 18, 12), "slice": (20, 18, 1), "flat": (20, 18), "thin": (20, 15)}
+    whole = np.zeros((20, 18, 16), np.uint8)
+    whole[3:9, 4:11, :8] = 1
+    paths = {}
+    for name, size in sizes.items():
+        values = whole[tuple(map(slice, (*size, 1)[:3]))].reshape(size)
+        paths[name] = write(tmp_path / f"{name}.nii", values, np.eye(4))
+    for fixed, moving in (("volume", "shorter"), ("shorter", "volume"), ("slice", "volume"), ("flat", "thin"),
+                          ("thin", "slice"), ("flat", "volume"), ("volume", "slice")):  # fmt: skip
+        pair = (paths[fixed], paths[moving], "--resample")
+        out = ("--out", tmp_path / "u.nii", "--warped", tmp_path / "w.nii", "--steps", 1, "--overwrite")
+        assert "was resampled onto the grid" in works(call("register", *pair, *out)).stderr
+        assert nib.load(tmp_path / "w.nii").shape == sizes[fixed]
+        assert "was resampled onto the grid" in works(call("evaluate", "--pair", *pair)).stderr
+
+
 def test_bad_cases(files, tmp_path):
     good, other, words = tmp_path / "a.csv", tmp_path / "b.csv", tmp_path / "c.csv"
     good.write_text("x,y,z\n-20,-20,20\n-24,-20,20\n")
@@ -829,7 +884,10 @@ def test_bad_evaluations(small, tmp_path, trained_3d):
     fails(call(*command, "lung250m", "--data", empty), str(empty), "holds none of")
     fails(call(*command, "lung250m", "--data", tmp_path / "no"), "is not a folder")
     fails(call(*command, "phantom2d", "--run", trained_3d[0].path), "knows other axes or labels than phantom2d has")
-    fails(call("evaluate", "--dataset", "phantom3d", "--json", empty), "is a folder")
+    fails(call("evaluate", "--dataset", "phantom3d", "--json", empty), f"{empty} must end in .json", code=2)
+    folder = tmp_path / "folder.json"
+    folder.mkdir()
+    fails(call("evaluate", "--dataset", "phantom3d", "--json", folder), "is a folder")
     assert older.read_text() == "older"
 
 
@@ -874,6 +932,8 @@ def test_evaluate_copes_with_any_volume(small, tmp_path, shapes, dtype, spacing,
 def test_export(trained, trained_3d, tmp_path):
     command = ("export", "--to", tmp_path / "pairs", "--run")
     fails(call(*command, trained_3d[0].path), "synthesis.safetensors does not exist")
+    model = ("export", "--run", "oasis2d-laptop", "--to", tmp_path / "pairs")
+    fails(call(*model), f"run: pairdiff run synthesis --model oasis2d-laptop --to {tmp_path / 'pairs'}")
     fails(call("export", "--run", tmp_path / "no", "--to", tmp_path / "pairs"), "no folder and no pretrained model")
     fails(call("export", "--run", trained[0].path), code=2)
     assert not os.listdir(tmp_path)

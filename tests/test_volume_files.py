@@ -449,6 +449,27 @@ def test_another_grid_is_resampled_as_simpleitk_does_it(tmp_path):
     assert (warped == pair.warped_moving(displacement)).mean() > 0.999
 
 
+@settings(BOUNDED, max_examples=30)
+@given(
+    shape=st.tuples(st.integers(10, 24), st.integers(10, 26), st.sampled_from([1, 12, 17, 18, 20])),
+    other=st.tuples(st.integers(10, 24), st.integers(10, 26), st.sampled_from([1, 12, 17, 18, 20])),
+    plain=st.booleans(),
+)
+def test_grids_of_one_affine_may_differ_in_size(tmp_path, shape, other, plain):
+    """Cropped or longer at the far ends, and a slice against a volume: what lies beyond is background."""
+    whole = np.zeros((24, 26, 20), np.uint8)
+    whole[2:7, 3:8, :6] = 3
+    arrays = [whole[tuple(map(slice, each))] for each in (shape, other)]
+    arrays = [array[..., 0] if plain and array.shape[2] == 1 else array for array in arrays]
+    fixed, moving = (write(tmp_path / f"{i}.nii", array, STRAIGHT) for i, array in enumerate(arrays))
+    pair = read_pair(fixed, moving, resample=True)
+    common = tuple(slice(min(pair)) for pair in zip(shape, other, strict=True))
+    expected = np.zeros(shape, np.uint8)
+    expected[common] = whole[common]
+    assert pair.warped_moving(torch.zeros(pair.labels.dim() - 1, *pair.labels.shape[1:])).shape == arrays[0].shape
+    assert np.array_equal(pair.values[pair.labels[1].numpy()].reshape(shape), expected)
+
+
 def test_beyond_the_edge_of_view_is_background_as_in_itk(tmp_path):
     values = np.full(SHAPE, 3, np.uint8)
     values[0] = 0
