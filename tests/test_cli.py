@@ -776,6 +776,32 @@ def test_landmarks_outside_the_field_stay_as_in_apply(files, tmp_path):
     assert told not in works(call("evaluate", "--pair", *files, "--landmarks", fixed, fixed)).stderr
 
 
+@settings(BOUNDED, max_examples=20)
+@given(
+    grid=placed_grids(),
+    cut=st.tuples(*[st.integers(0, 3)] * 3),
+    flips=st.tuples(*[st.booleans()] * 3),
+    form=st.sampled_from(["itk", "l2r"]),
+    seed=st.integers(0, 99),
+)
+def test_evaluate_puts_landmarks_where_apply_does(tmp_path, grid, cut, flips, form, seed):
+    """On other grids than the field's, turned and cut out of it or reaching beyond it; in and outside both."""
+    random = np.random.default_rng(seed)
+    whole = [write(tmp_path / f"{i}.nii", np.roll(box(SHAPE), i, 0), grid) for i in (0, 1)]
+    pair = read_pair(*whole)
+    write_field(tmp_path / "u.nii", pair, torch.from_numpy(random.normal(0, 1, (3, *SHAPE)).astype(np.float32)), form)
+    turn = np.array([[axis, -1 if flip else 1] for axis, flip in enumerate(flips)])
+    images = [nib.load(path).slicer[cut[0] :, : 18 - cut[1], cut[2] :].as_reoriented(turn) for path in whole]
+    paths = [write(tmp_path / f"cut{i}.nii", np.asarray(each.dataobj), each.affine) for i, each in enumerate(images)]
+    fixed, moved = points(tmp_path / "f.csv", random.uniform(-3, 22, (12, 3)), grid), tmp_path / "m.csv"
+    shifted = works(call("apply", tmp_path / "u.nii", fixed, "--out", moved, "--overwrite"))
+    command = ("evaluate", "--pair", *paths, "--field", tmp_path / "u.nii", "--landmarks", fixed, moved)
+    result = works(call(*command, "--json", tmp_path / "e.json", "--overwrite"))
+    assert max(json.loads((tmp_path / "e.json").read_text())["cases"][0]["errors_mm"]) < 2e-3
+    outside = [line for line in shifted.stderr.splitlines() if "outside the field" in line]
+    assert outside and outside[0] in result.stderr
+
+
 @pytest.mark.parametrize("network", [False, True])
 def test_evaluate_says_what_register_says(tmp_path, trained_3d, network):
     """Its notes on the files and the network, and its warnings."""

@@ -95,6 +95,7 @@ def evaluate(
 
     from pairdiff_core import registration
     from pairdiff_core.apps.cost import note_cost
+    from pairdiff_core.apps.field_files import read_field
     from pairdiff_core.apps.one_case import as_case, note_outside, score_case
     from pairdiff_core.apps.registrars import chosen_registrar, note_differences, opened
     from pairdiff_core.apps.volume_files import read_pair
@@ -132,12 +133,13 @@ def evaluate(
     else:
         split, about["files"] = "pair", [str(path) for path in read]
         notes = [*volumes.notes, *(volumes.merged_by(settings) if by_network else [])]
-        notes += note_outside(pairs) if field or registrar else []
+        given = read_field(field) if field else None
+        notes += note_outside(volumes, pairs, given) if given or registrar else []
         for note in notes if not quiet else ():
             typer.echo(f"note: {note}", err=True)
         if by_network and not quiet:
             note_differences(volumes, pairs, own)
-        measuring = (score_case(volumes, pairs, registrar, by_network and settings, field) for _ in range(1))
+        measuring = (score_case(volumes, pairs, registrar, by_network and settings, given) for _ in range(1))
     if registrar is not None and not quiet:
         note_cost(pairs, with_levels(levelled, steps=0) if method == "network" else levelled, by_network is not None)
     made_by = provenance(settings.name, seed, best_device(), {split: fingerprint(pairs.labels)})

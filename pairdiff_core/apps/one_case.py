@@ -6,16 +6,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 
-from pairdiff_core.apps.field_files import Field, read_field, read_landmarks
+from pairdiff_core.apps.field_files import Field, read_landmarks
 from pairdiff_core.apps.grids import sample
 from pairdiff_core.apps.volume_files import VolumePair
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Profile
-from pairdiff_core.registration import Case, Deformation, Method, score_pair
+from pairdiff_core.registration import Case, Deformation, Method, score_landmarks, score_pair
 
 
 def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> PairSet:
@@ -41,12 +42,14 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
     return replace(pairs, landmarks=(torch.from_numpy(kept).float(),))
 
 
-def note_outside(pairs: PairSet) -> list[str]:
-    """A line, if landmarks of the fixed image lie outside its grid, where there is no displacement."""
+def note_outside(volumes: VolumePair, pairs: PairSet, field: Field | None = None) -> list[str]:
+    """A line, if landmarks of the fixed image lie outside the field; None: one on its grid."""
     if pairs.landmarks is None:
         return []
-    fixed = pairs.landmarks[0][:, 0]
-    outside = int(((fixed < -0.5) | (fixed >= torch.tensor(pairs.spatial) - 0.5)).any(dim=1).sum())
+    fixed, shape = pairs.landmarks[0][:, 0].numpy(), pairs.spatial
+    if field is not None:
+        fixed, shape = _in_field(volumes, pairs, field).T, field.grid.shape
+    outside = int(((fixed < -0.5) | (fixed >= np.array(shape) - 0.5)).any(axis=1).sum())
     return [f"{outside} of {len(fixed)} landmarks lie outside the field and stay where they are."] if outside else []
 
 
@@ -71,12 +74,29 @@ def displacement_on(volumes: VolumePair, field: Field) -> torch.Tensor:
     return torch.from_numpy(found[axes].reshape(len(axes), *volumes.labels.shape[1:])).float()
 
 
+def _in_field(volumes: VolumePair, pairs: PairSet, field: Field) -> np.ndarray:
+    """The landmarks of the fixed image in voxels of a field, (3, K)."""
+    fixed = pairs.landmarks[0][:, 0].double().numpy()
+    voxels = np.zeros((3, len(fixed)))
+    voxels[list(volumes.spatial_axes)] = fixed.T
+    return nib.affines.apply_affine(np.linalg.inv(field.onto(volumes.grids[0], volumes.paths[0])), voxels.T).T
+
+
+def _arrived(volumes: VolumePair, pairs: PairSet, field: Field) -> torch.Tensor:
+    """Landmarks as in the pair, (K, 2, D), but those of the fixed image moved by the field itself, as by ``apply``."""
+    at = _in_field(volumes, pairs, field)
+    moves = [sample(part, at[..., None, None], before=np.diag([0.0, 0, 0, 1]), order=1) for part in field.displacement]
+    back = np.linalg.inv(volumes.to_moving) @ field.onto(volumes.grids[1], volumes.paths[1])
+    moved = nib.affines.apply_affine(back, (at + np.stack(moves)[..., 0, 0]).T)[:, list(volumes.spatial_axes)]
+    return torch.stack([torch.from_numpy(moved).float(), pairs.landmarks[0][:, 1]], dim=1)
+
+
 def score_case(
     volumes: VolumePair,
     pairs: PairSet,
     registrar: Method | None = None,
     profile: Profile | None = None,
-    field: Path | None = None,
+    field: Field | None = None,
 ) -> Case:
     """The case of a pair of files: as it is, registered, or with a field; Dice is that of what ``--warped`` writes.
 
@@ -90,9 +110,12 @@ def score_case(
         The case; of a registrar also with ``warnings``, lines for its user.
     """
     if field is not None:
-        displacement = displacement_on(volumes, read_field(field))
+        displacement = displacement_on(volumes, field)
         found = Deformation(displacement[None], torch.zeros_like(displacement)[None])
-        case = score_pair(pairs, found, volumes.warped_labels(displacement)[None])
+        case = score_pair(replace(pairs, landmarks=None), found, volumes.warped_labels(displacement)[None])
+        if pairs.landmarks is not None:
+            still = torch.zeros_like(displacement)
+            case |= score_landmarks(still, _arrived(volumes, pairs, field), pairs.spacing)
         return {name: value for name, value in case.items() if not name.startswith("inverse_consistency")}
     if registrar is None:
         return score_pair(pairs)

@@ -5,4 +5,4 @@ from .losses import RegistrationLoss, bending_energy, label_maps, pool, registra
 from .network import RegistrationNetwork, VelocityStep, training_loss
 from .optimise import Watch, optimise, refine, voxels_near
 from .register import Sampling, coarsening, register, sampling
-from .scores import Case, Method, evaluate, score, score_pair, summarise
+from .scores import Case, Method, evaluate, score, score_landmarks, score_pair, summarise

@@ -79,10 +79,15 @@ def score_pair(pair: PairSet, found: Deformation | None = None, moved: torch.Ten
     points = pair.landmarks[0] if pair.landmarks else ()
     if len(points):
         displacement = found.displacement[0] if found else torch.zeros(pair.spatial_dims, *pair.spatial)
-        errors = metrics.target_registration_error(displacement, points, pair.spacing)
-        described = metrics.describe_errors(errors)
-        case |= {"tre_mm": described["mean"], "tre": described, "errors_mm": errors.tolist()}
+        case |= score_landmarks(displacement, points, pair.spacing)
     return case
+
+
+def score_landmarks(displacement: torch.Tensor, points: torch.Tensor, spacing: Sequence[float]) -> Case:
+    """What a case has of its landmarks, see :func:`metrics.target_registration_error`."""
+    errors = metrics.target_registration_error(displacement, points, spacing)
+    described = metrics.describe_errors(errors)
+    return {"tre_mm": described["mean"], "tre": described, "errors_mm": errors.tolist()}
 
 
 def summarise(cases: Sequence[Case], label_names: Sequence[str]) -> dict[str, Any]:
