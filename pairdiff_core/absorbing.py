@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks.segresnet_block import ResBlock
 from torch import nn
 
 from pairdiff_core.profiles import DenoiserSettings
@@ -46,6 +45,8 @@ class Denoiser(nn.Module):
         self.codes, self.grid, self.length = codes, tuple(grid), math.prod(grid)
         self.token = nn.Embedding(codes + 1, width)
         self.position = nn.Parameter(position_code(grid, width) / 2)
+        from monai.networks.blocks.segresnet_block import ResBlock  # here: its import takes seconds
+
         norm = ("group", {"num_groups": 8})
         self.convolutions = nn.Sequential(
             *(ResBlock(len(grid), width, norm, act="gelu") for _ in range(settings.convolutions))

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss
-from monai.networks.nets import AutoEncoder
 from torch import nn
 
 from pairdiff_core.metrics import codebook_statistics
@@ -141,6 +139,8 @@ class PairedVQAE(nn.Module):
         channels, strides = settings.channels, settings.strides
         per_axis = [[stride] * spatial_dims if isinstance(stride, int) else stride for stride in strides]
         self.reduction = tuple(map(math.prod, zip(*per_axis, strict=True)))  # voxels per token along each axis
+        from monai.networks.nets import AutoEncoder  # here: its import takes seconds
+
         self.network = AutoEncoder(spatial_dims, 2 * (num_labels - 1), 2 * num_labels, channels, strides)
         self.codebook = Codebook(settings.codes, channels[-1], settings.fade_in)
 
@@ -207,6 +207,8 @@ def reconstruction_loss(output: Reconstruction, labels: torch.Tensor) -> torch.T
     """
     weight = torch.full((output.logits.shape[2],), FOREGROUND_WEIGHT, device=labels.device)
     weight[0] = 1.0
+    from monai.losses import DiceCELoss  # here: its import takes seconds
+
     image = DiceCELoss(to_onehot_y=True, softmax=True, weight=weight, include_background=True, batch=True)
     # Dice and the weighted mean are of a whole batch: with several processes, of the batches of all.
     logits = gather(output.logits).flatten(0, 1)  # (N, 2, C, *s) -> (2N, C, *s)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,10 @@ def test_each_module_says_what_lives_there():
     assert all((path.parent / "__init__.py").exists() for path in FILES.values())
     silent = [path.name for path in FILES.values() if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent
+
+
+def test_what_takes_seconds_to_import_waits_until_it_is_needed():
+    """So that a finished run, `pairdiff info` and wrong data are answered soon."""
+    code = "import sys, pairdiff_core.pipeline; print({'monai', 'lightning_fabric', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -36,6 +36,7 @@ def register(
     outputs = {"--out": out, "--inverse": inverse, "--warped": warped}
     check_outputs(outputs, {"FIXED": fixed, "MOVING": moving}, overwrite)
 
+    import monai.networks.layers  # noqa: F401 - here, so that the clock below does not time its import
     import numpy as np
 
     from pairdiff_core.apps.cost import bars, note_cost

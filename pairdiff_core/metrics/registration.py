@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
-from monai.metrics import compute_hausdorff_distance
 from torch import Tensor
 
 from pairdiff_core import fields
@@ -48,6 +47,8 @@ def hausdorff95(a: Tensor, b: Tensor, num_labels: int, spacing: Sequence[float])
     :func:`dice`, of ``spacing`` mm per voxel along each axis, give float (N, C - 1) in mm, on the CPU. NaN where a
     structure is absent from either image.
     """
+    from monai.metrics import compute_hausdorff_distance  # here: its import takes seconds
+
     distances = torch.full((len(a), num_labels - 1), torch.nan)
     for n, c in product(range(len(a)), range(1, num_labels)):
         masks = [(labels[n] == c).cpu()[None, None] for labels in (a, b)]

@@ -8,7 +8,6 @@ integrate cheaply, without bounding the roughness; :func:`pairdiff_core.registra
 from __future__ import annotations
 
 import torch
-from monai.networks.nets import BasicUNet
 from torch import nn
 
 from pairdiff_core.fields import smooth, warp
@@ -35,6 +34,8 @@ class VelocityStep(nn.Module):
         if control % settings.scale:
             raise ValueError(f"control must be a multiple of scale, got {control} and {settings.scale}")
         self.scale, self.control = settings.scale, control
+        from monai.networks.nets import BasicUNet  # here: its import takes seconds
+
         self.unet = BasicUNet(spatial_dims, 2 * maps, spatial_dims, settings.channels)
         nn.init.zeros_(self.unet.final_conv.weight)  # start from the identity
         nn.init.zeros_(self.unet.final_conv.bias)

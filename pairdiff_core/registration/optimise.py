@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import GaussianFilter
 
 from pairdiff_core.fields import resize_field, smooth, warp
 from pairdiff_core.profiles import Level, RegistrationSettings
@@ -124,6 +123,8 @@ def voxels_near(deformation: Deformation, fixed: torch.Tensor, moving: torch.Ten
 
 
 def _blurred(maps: torch.Tensor, level: Level, blur: float) -> torch.Tensor:
+    from monai.networks.layers import GaussianFilter  # here: its import takes seconds
+
     maps = pool(maps, level.scale)
     return GaussianFilter(maps.dim() - 2, blur).to(maps.device)(maps) if blur > 0 else maps
 

@@ -40,6 +40,8 @@ def evaluate(pairs: PairSet, method: Method | None = None) -> Iterator[Case]:
         of the fixed image with a label above 0 as ``inverse_consistency_error_on_structures``, and ``seconds``. None
         where a number does not exist.
     """
+    import monai.networks.layers  # noqa: F401 - here, so that the clock below does not time its import
+
     number = max(1, AT_ONCE // math.prod(pairs.spatial))
     for first in range(0, len(pairs), number):
         some = pairs[first : first + number]

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from lightning_fabric import Fabric
+from typing import TYPE_CHECKING, Any
 
 from pairdiff_core.errors import CheckpointError
 from pairdiff_core.storage.checkpoints import check_config
 from pairdiff_core.storage.files import replacing
 from pairdiff_core.storage.run_folder import write_log
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
 
 from pairdiff_core.errors import CheckpointError
 from pairdiff_core.storage.files import UNFINISHED, write_json
@@ -80,6 +79,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def write_log(folder: Path, stage: str, history: Sequence[Mapping[str, float]]) -> None:
     """Write the history of a training to ``logs/<stage>``, whole: that of an interrupted one would come twice."""
+    from lightning_fabric.loggers import CSVLogger, TensorBoardLogger  # here: its import takes seconds
+
     loggers: list[Any] = [CSVLogger(folder / "logs", name=stage, version="")]
     if find_spec("tensorboard"):
         for old in (folder / "logs" / stage).glob("events.*"):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 
 from pairdiff_core.errors import DataError
 from pairdiff_core.training import distributed
 
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def best_device() -> torch.device:
@@ -50,6 +51,9 @@ def precision(bfloat16: bool) -> str:
 
 def new_fabric(bfloat16: bool = False) -> Fabric:
     """Device, precision and processes of a training; joins the processes that ``torchrun`` started."""
+    from lightning_fabric import Fabric  # here: its import takes seconds
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
     options = {"accelerator": best_device().type, "precision": precision(bfloat16)}
     if distributed.count() == 1:
         return Fabric(devices=1, **options)

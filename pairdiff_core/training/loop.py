@@ -7,10 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -21,6 +20,9 @@ from pairdiff_core.training.batches import batch_loader
 from pairdiff_core.training.devices import new_fabric
 from pairdiff_core.training.interrupt import Paused
 from pairdiff_core.training.seeds import seed_of
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 History = list[dict[str, float]]  # one entry every LOG_EVERY steps: "step", and the mean of each logged number
 LOG_EVERY = 20  # steps
