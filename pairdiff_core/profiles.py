@@ -264,7 +264,7 @@ _PAPER_2D = Profile(
 )
 
 # The three-dimensional ones.
-# On volumes at full size; chapter 10 tells of the trials on training pairs behind the steps and the bending energy.
+# On volumes at full size; chapter 10 describes the trials on training pairs behind the steps and the bending energy.
 _LUNG_LEVELS = (Level(8, 2, 20, 0.3, 0.5), Level(4, 2, 20, 0.2, 0.5), Level(2, 4, 20, 0.2, 0.5))
 _HALVED_LUNG_LEVELS = tuple(level._replace(scale=level.scale // 2) for level in _LUNG_LEVELS)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
@@ -287,7 +288,11 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
 def test_one_process_may_enter_its_folder_twice(tmp_path: Path) -> None:
     with working_in(tmp_path, IDENTITY, {}):
         enter(tmp_path)
+        with pytest.raises(Timeout):  # the inner one has not freed it
+            FileLock(tmp_path / ".lock").acquire(timeout=0)
     enter(tmp_path)
+    with FileLock(tmp_path / ".lock").acquire(timeout=0) as lock:
+        assert lock.is_locked, "both have left, so the folder is free"
 
 
 # ---------------------------------------------------------------------------------------------------- logs

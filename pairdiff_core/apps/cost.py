@@ -1,4 +1,4 @@
-"""What a registration will take, told beforehand where that is much, and bars that show how far it is."""
+"""An estimate of what a registration takes, printed before long work, and progress bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pairdiff_core.profiles import Profile
 from pairdiff_core.registration import Watch, coarsening
 from pairdiff_core.training import best_device
 
-LONG, MUCH = 60, 1 / 4  # seconds, and share of the machine's memory, from which on it is told
+LONG, MUCH = 60, 1 / 4  # seconds, and share of the machine's memory, above which the estimate is printed
 
 
 class Cost(NamedTuple):

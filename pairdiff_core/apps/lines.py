@@ -1,4 +1,4 @@
-"""What commands print beside their errors: numbers, and lines that tell how far long work is."""
+"""What commands print beside their errors: numbers, and lines that show the progress of long work."""
 
 from __future__ import annotations
 

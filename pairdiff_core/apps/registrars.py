@@ -49,10 +49,10 @@ def note_differences(pair: VolumePair, pairs: PairSet, own: Run) -> None:
     """Say on stderr where a volume differs from what the network was trained on; it then does less well."""
     affine, spacing = _trained_grid(own)
     if not registration.sampling(pairs.spatial, pairs.spacing, own.profile, spacing).as_trained:
-        told, unit = (spacing, pairs.spacing), "mm"
-        if np.allclose(*told, rtol=0.05):  # then it is the size that does not fit
-            told, unit = (own.profile.spatial, pairs.spatial), "voxels"
-        at, here = (" x ".join(f"{number:.3g}" for number in each) for each in told)
+        compared, unit = (spacing, pairs.spacing), "mm"
+        if np.allclose(*compared, rtol=0.05):  # then it is the size that does not fit
+            compared, unit = (own.profile.spatial, pairs.spatial), "voxels"
+        at, here = (" x ".join(f"{number:.3g}" for number in each) for each in compared)
         what = f"these voxels of {here} mm do" if unit == "mm" else f"this image of {here} voxels does"
         typer.echo(f"note: the network was trained at {at} {unit}; {what} not fit that.", err=True)
     axes, expected = ("".join(nib.aff2axcodes(each)) for each in (pair.affine, affine))

@@ -1,7 +1,7 @@
 """Figures of 2D slices: label maps, overlaps, deformed grids and tokens.
 
 Array axis 0 runs to the right and axis 1 downwards. Images are uint8 (H, W), such as ``pairs.fixed[0]`` or a warped
-one; the set that they belong to tells names, colours and spacing.
+one; the set that they belong to gives names, colours and spacing.
 """
 
 from collections.abc import Mapping
