@@ -23,7 +23,7 @@ from benchmarks import published, rows
 from benchmarks.measure import peak_gib, seconds_in_turn
 from benchmarks.rows import LAPTOP, RESULTS, SMALL, Sizes
 from pairdiff_core import registration
-from pairdiff_core.profiles import Level, UNetStep
+from pairdiff_core.profiles import Level, UNetSettings
 from pairdiff_core.storage import provenance, write_json
 from pairdiff_core.training import best_device, fast_in_bfloat16, new_fabric
 
@@ -33,7 +33,7 @@ Variants = dict[str, Callable[[], Callable[[], Any]]]
 
 def registration_variants(sizes: Sizes) -> Variants:
     """One training step; it returns the loss before it."""
-    unets = 2 * (UNetStep(2, (8, 16, 32, 64, 64, 64)),)
+    unets = 2 * (UNetSettings(2, (8, 16, 32, 64, 64, 64)),)
     settings = replace(LAPTOP.registration, unets=unets, control=2, squarings=12, scales=1)
     variants: Variants = {"published": partial(rows.published_registration_step, sizes)}
     for change, changed in {

@@ -17,19 +17,23 @@ from string import Template
 from typing import Any
 
 from pairdiff_core import pipeline
-from pairdiff_core.pipeline import Run, Trained, describe_vqae, load_model, open_run
+from pairdiff_core.pipeline import Run, Trained, default_network, describe_vqae, load_model, open_run
 from pairdiff_core.registration import evaluate, register, summarise
 from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, save_checkpoint, write_file, write_json
 from pairdiff_core.training import best_device
 
-NETWORKS = ("vqae", "denoiser", "registration-synthetic")
 PHANTOMS = {2: ("phantom2d", 6), 3: ("phantom3d", 2)}  # by dimensions: the data set, and the number of pairs
 DATA = {
     "oasis2d": "Label slices of 14 subjects in the layout of neurite-oasis 2D, made from the label maps that come with "
     "SynthSeg (Billot et al., 2023; Apache-2.0). Subjects 01 to 11 were trained on, 12 to 14 were not. No OASIS image "
     "was used.",
     "lung250m": "The vessel pairs of 10 people published with Heinrich (2024), derived from Lung250M-4B (Falta et al., "
-    "2023): research data; whoever uses the model should cite both. The 17 validation cases were not trained on.",
+    "2023), and for registration the motions of 79 people from the latter, computed from CTs: research data; whoever "
+    "uses the model should cite both. None of the 17 validation cases was trained on.",
+}
+TRAINED_ON = {
+    "registration-synthetic": "was trained on synthetic pairs only",
+    "registration-real-motion": "was trained on real pairs that also go along other people's breaths",
 }
 COLUMNS = {"dice": "Dice", "tre_mm": "target registration error, mm", "folding_percent": "folding, % of the voxels"}
 ROWS = {"before": "before", "network": "network", "network_instance": "network and instance optimisation"}
@@ -41,7 +45,8 @@ def halve(run_folder: str | Path, folder: str | Path) -> None:
     Raises:
         CheckpointError: if a network is missing or damaged, or cannot be written.
     """
-    found = {name: load_checkpoint(Path(run_folder) / f"{name}.safetensors") for name in NETWORKS}
+    names = ("vqae", "denoiser", default_network(run_folder))
+    found = {name: load_checkpoint(Path(run_folder) / f"{name}.safetensors") for name in names}
     for name, (tensors, description) in found.items():
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and not key.startswith("codebook."):
@@ -61,7 +66,7 @@ def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any
         ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
     """
     run = open_run(folder, data)
-    autoencoder, denoiser, network = (load_model(folder, name) for name in NETWORKS)
+    autoencoder, denoiser, network = (load_model(folder, name) for name in ("vqae", "denoiser", default_network(folder)))
     scores = {"vqae_dice": describe_vqae(run, autoencoder, run.validation)["dice"]}
     scores |= pipeline.describe_denoiser(run, autoencoder, denoiser, run.validation)
     scores |= _registration(run, network, ROWS)
@@ -75,7 +80,7 @@ def measure_on_phantoms(folder: str | Path) -> dict[str, float]:
     profile = open_run(folder).profile
     dataset, number = PHANTOMS[profile.spatial_dims]
     run = Run(dataset, replace(profile, max_pairs=number, phantom_subjects=3))
-    autoencoder, network = (load_model(folder, name) for name in ("vqae", "registration-synthetic"))
+    autoencoder, network = (load_model(folder, name) for name in ("vqae", default_network(folder)))
     scores = _registration(run, network, ("before", "network"))
     scores["vqae_dice"] = describe_vqae(run, autoencoder, run.validation)["dice"]
     return {name: scores[name] for name in ("vqae_dice", "dice_before", "dice_network")}
@@ -102,6 +107,7 @@ def write_card(folder: str | Path, measured: dict[str, Any]) -> None:
     texts = {name: f"{value:.3f}" for name, value in numbers.items() if value is not None}
     texts |= {"name": Path(folder).resolve().name, "profile": made_by["profile"], "seed": made_by["seed"]}
     texts |= {
+        "trained_on": TRAINED_ON[default_network(folder)],
         "data": DATA.get(made_by["dataset"], "Phantoms."),
         "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
     }

@@ -88,8 +88,19 @@ class Level(NamedTuple):
     bending: float = 0.0  # weight of the bending energy of the displacement (published: 0)
 
 
-class UNetStep(NamedTuple):
-    """One step of the registration network."""
+class CorrelationSettings(NamedTuple):
+    """The first step of a registration network that compares features over a distance."""
+
+    scale: int  # it sees images averaged over this many voxels a side
+    control: int  # features and velocity live on a grid this many times coarser than the images
+    reach: int  # cells of that grid, along each axis, over which features are compared
+    features: int = 16
+    width: int = 96  # channels of the layers that turn similarities into a velocity
+    dilations: tuple[int, ...] = (1, 2, 4, 2, 1)  # of these layers
+
+
+class UNetSettings(NamedTuple):
+    """A step of the registration network that is a U-Net."""
 
     scale: int  # its U-Net sees images averaged over this many voxels a side (published: 2)
     channels: tuple[int, ...]  # of MONAI's BasicUNet (published: 8 16 32 64 64 64)
@@ -99,7 +110,7 @@ class UNetStep(NamedTuple):
 class RegistrationSettings:
     """Stage 5, registration: the network, its training, and the optimiser without training."""
 
-    unets: tuple[UNetStep, ...]  # the steps of the network, the outermost first (published: two alike)
+    unets: tuple[UNetSettings, ...]  # the steps of the network, the outermost first (published: two alike)
     control: int  # its velocities live on a grid this many times coarser than the images (published: 2)
     squarings: int  # published: 12
     smoothness: float  # weight of the squared gradient (published: 0.5)
@@ -108,16 +119,19 @@ class RegistrationSettings:
     learning_rate: float
     instance: tuple[Level, ...]  # of the network's answer, coarse to fine (published: one level of 50 steps)
     baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
+    correlation: CorrelationSettings | None = None  # a step before the U-Nets (published: none)
     scales: int = 1  # training compares images at this many scales, each half the last (published: 1)
     repeats: int = 1  # of the last step when pairs are registered (published: 1, as in training)
-    merge: bool = False  # instance optimisation is of one velocity, from the network's merged or from zero
+    merge: bool = False  # instance optimisation is of one velocity: the network's, added up, or zero
+    optimiser_smoothness: float | None = None  # as smoothness, of the optimiser; None: as in training
+    blur: float = 0.8  # of the images that the optimiser compares: standard deviation in voxels of the level
     augmentation: Augmentation | None = None  # where its pairs are warped; None: the autoencoder's
     breathing: Augmentation | None = None  # where its pairs go along other people's motions, too; None: augmentation
 
 
 # What the trained weights do not depend on, or what stands among the inputs of the networks that do (breathing): it may
 # differ from what a network was trained with.
-AFTER_TRAINING = ("copies", "instance", "baseline", "repeats", "merge", "breathing")
+AFTER_TRAINING = (*("copies", "instance", "baseline", "repeats", "merge", "optimiser_smoothness", "blur", "breathing"),)
 
 
 @dataclass(frozen=True)
@@ -162,7 +176,7 @@ _QUICK_2D = Profile(
     ),
     synthesis=SynthesisSettings(pairs=128, steps=60, temperature=0.9),
     registration=RegistrationSettings(
-        unets=2 * (UNetStep(2, (8, 16, 32, 32, 32, 16)),),
+        unets=2 * (UNetSettings(2, (8, 16, 32, 32, 32, 16)),),
         control=2,
         squarings=5,
         smoothness=0.25,
@@ -209,7 +223,7 @@ _LAPTOP_2D = Profile(
     synthesis=SynthesisSettings(pairs=1024, steps=128, temperature=0.8, schedule="cosine"),
     mixed_precision=("synthesis",),  # twice as fast; bits per token change in the fourth digit
     registration=RegistrationSettings(
-        unets=2 * (UNetStep(2, (8, 16, 32, 64, 64, 64)),),
+        unets=2 * (UNetSettings(2, (8, 16, 32, 64, 64, 64)),),
         control=2,
         squarings=6,
         smoothness=0.25,
@@ -250,7 +264,7 @@ _PAPER_2D = Profile(
     ),
     synthesis=SynthesisSettings(pairs=256, steps=256, temperature=0.9),
     registration=RegistrationSettings(
-        unets=2 * (UNetStep(2, (8, 16, 32, 64, 64, 64)),),
+        unets=2 * (UNetSettings(2, (8, 16, 32, 64, 64, 64)),),
         control=2,
         squarings=7,
         smoothness=0.25,
@@ -300,8 +314,9 @@ _QUICK_3D = Profile(
     ),
     synthesis=SynthesisSettings(pairs=12, steps=32, temperature=0.9),
     registration=RegistrationSettings(
-        unets=2 * (UNetStep(2, (8, 8, 16, 16, 16, 8)),),
-        control=4,
+        unets=(UNetSettings(2, (8, 8, 16, 16, 16, 8)),),
+        control=2,
+        correlation=CorrelationSettings(scale=2, control=4, reach=2, features=8, width=32, dilations=(1, 2, 1)),
         squarings=5,
         smoothness=0.05,
         steps=24,
@@ -349,20 +364,23 @@ _LAPTOP_3D = Profile(
     # steps, 3.39 by 32 of those; 3.27 by 32 and 3.19 by 48 on a cosine schedule.
     synthesis=SynthesisSettings(pairs=128, steps=48, temperature=0.9, schedule="cosine"),
     registration=RegistrationSettings(
-        unets=(UNetStep(4, (16, 32, 64, 128, 128, 32)), UNetStep(2, (8, 16, 32, 64, 64, 16))),
+        unets=(UNetSettings(2, (32, 32, 64, 128, 128, 32)),),
         control=4,
+        correlation=CorrelationSettings(scale=2, control=8, reach=2),
         squarings=5,
         smoothness=0.05,
-        steps=1000,
+        steps=1500,
         batch=1,
         learning_rate=4e-3,
-        instance=_HALVED_LUNG_LEVELS,
+        instance=(Level(2, 2, 10, 0.2, 0.5), Level(1, 4, 12, 0.2, 0.5)),
         merge=True,
+        optimiser_smoothness=0.0,
+        blur=0.0,
         baseline=_HALVED_LUNG_LEVELS,
         scales=4,
         repeats=3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=4.0, smoothness=24, coarser=4),
-        breathing=Augmentation(affine=0.05, common=2.0, own=1.0, smoothness=24, coarser=4, motion=1.2),
+        breathing=Augmentation(affine=0.05, common=2.0, own=1.0, smoothness=24, coarser=4, motion=1.6),
     ),
     mixed_precision=("denoiser", "synthesis"),
 )

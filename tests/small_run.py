@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from pairdiff_core.pipeline import Run
-from pairdiff_core.profiles import Augmentation, Level, Patches, UNetStep, get_profile
+from pairdiff_core.profiles import Augmentation, Level, Patches, UNetSettings, get_profile
 
-UNETS = 2 * (UNetStep(2, (4, 4, 4, 4, 4, 4)),)
+UNETS = 2 * (UNetSettings(2, (4, 4, 4, 4, 4, 4)),)
 
 
 def small_run(folder, seed=0, saving=None, **changes):

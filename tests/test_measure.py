@@ -27,6 +27,7 @@ def test_the_summary_comes_from_the_tables(measured):
     assert summary["hd95_network_random_warps"] == row["real, warped"]["hd95_mm"]
     assert summary["seconds_network_synthetic_instance"] == row["synthetic + instance"]["seconds_per_pair"]
     assert summary["inverse_consistency_error"] == row["synthetic"]["inverse_consistency_error"]
+    assert summary["network_used_as_start"] == row["synthetic + instance"]["used_as_start"] <= 6
 
 
 def test_every_network_stands_without_and_with_instance_optimisation(measured):

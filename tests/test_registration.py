@@ -10,12 +10,21 @@ from hypothesis import strategies as st
 
 from pairdiff_core import fields, metrics, registration
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Level, UNetStep, get_profile
-from pairdiff_core.registration import Deformation, integrate, integrate_on, optimise, refine, registration_loss
+from pairdiff_core.profiles import CorrelationSettings, Level, UNetSettings, get_profile
+from pairdiff_core.registration import (
+    Deformation,
+    integrate,
+    integrate_on,
+    optimise,
+    refine,
+    refine_network,
+    registration_loss,
+)
 
 GRIDS = [(64, 80), (32, 48, 64)]
-ALIKE = 2 * (UNetStep(2, (4, 8, 8, 8, 8, 4)),)
-COARSE_TO_FINE = (UNetStep(2, (4, 8, 8, 8, 8, 4)), UNetStep(1, (4, 8, 8, 8, 8, 4)))
+ALIKE = 2 * (UNetSettings(2, (4, 8, 8, 8, 8, 4)),)
+COARSE_TO_FINE = (UNetSettings(2, (4, 8, 8, 8, 8, 4)), UNetSettings(1, (4, 8, 8, 8, 8, 4)))
+CORRELATION = CorrelationSettings(scale=1, control=4, reach=1, features=4, width=8, dilations=(1, 2))
 
 
 def settings(**changes):
@@ -53,7 +62,8 @@ def small_network(dims, trained=True, **changes):
     network = registration.RegistrationNetwork(settings(**changes), dims, 2)
     if trained:  # anything but the identity it starts as
         for step in network.steps:
-            torch.nn.init.normal_(step.unet.final_conv.weight, std=0.3)
+            last = step.unet.final_conv if isinstance(step, registration.UNetStep) else step.final_conv
+            torch.nn.init.normal_(last.weight, std=0.3)
     return network.eval()
 
 
@@ -166,7 +176,7 @@ def test_a_deformation_warps_moving_to_fixed():
 
 
 @pytest.mark.parametrize("spatial", GRIDS)
-@pytest.mark.parametrize("changes", [{}, {"unets": COARSE_TO_FINE}])
+@pytest.mark.parametrize("changes", [{}, {"unets": COARSE_TO_FINE}, {"correlation": CORRELATION}])
 def test_swapping_the_images_swaps_displacement_and_inverse(spatial, changes):
     network = small_network(len(spatial), **changes)
     fixed, moving = ball_maps(spatial, 0), ball_maps(spatial, 3)
@@ -176,22 +186,38 @@ def test_swapping_the_images_swaps_displacement_and_inverse(spatial, changes):
     assert float(forth.displacement.abs().max()) > 0.1
     torch.testing.assert_close(forth.displacement, back.inverse, atol=1e-4, rtol=0)
     torch.testing.assert_close(forth.inverse, back.displacement, atol=1e-4, rtol=0)
-    assert len(repeated[0]) == 4
+    assert len(repeated[0]) == len(network.steps) + 2
     for one, other in zip(*repeated, strict=True):
         torch.testing.assert_close(one, -other, rtol=1e-3, atol=1e-3)
 
 
-def test_the_first_step_sees_coarser_images_and_answers_on_the_same_grid():
-    network, seen = small_network(2, unets=COARSE_TO_FINE), []
+def test_each_step_sees_images_at_its_own_scale_and_answers_on_its_own_grid():
+    network, seen = small_network(2, unets=COARSE_TO_FINE, correlation=CORRELATION), []
     for step in network.steps:
-        step.unet.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
-    first, second = network.velocities(ball_maps((64, 96), 0), ball_maps((64, 96), 3))
-    assert seen == [(32, 48), (64, 96)]
-    assert first.shape == second.shape == (1, 2, 32, 48)
+        step.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+        inner = step.patches if isinstance(step, registration.UNetStep) else step.features
+        inner.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    velocities = network.velocities(ball_maps((64, 96), 0), ball_maps((64, 96), 3))
+    assert seen[1::2] == [(64, 96), (32, 48), (64, 96)]
+    assert [tuple(each.shape[2:]) for each in velocities] == [(16, 24), (32, 48), (32, 48)]
     with pytest.raises(ValueError, match="at least 32 voxels"):
         network.velocities(ball_maps((24, 96), 0), ball_maps((24, 96), 3))
     with pytest.raises(ValueError, match="control must be a multiple of scale, got 1 and 2"):
         small_network(2, control=1)
+
+
+@pytest.mark.parametrize("spatial", GRIDS)
+def test_features_are_most_similar_where_they_moved_to(spatial):
+    """Noise that moved by one cell is most similar to itself one cell on."""
+    step = registration.CorrelationStep(CORRELATION, len(spatial), 1)
+    step.features = step.head = step.final_conv = torch.nn.Identity()
+    one = torch.randn(1, 1, *[8] * len(spatial), generator=torch.Generator().manual_seed(1))
+    similarities = step.answers(torch.cat([one, one.roll(1, 2)]))[:1, : 3 ** len(spatial)]
+    inner = (..., *[slice(2, -2)] * len(spatial))
+    shift = (3 ** len(spatial) - 1) // 2 + 3 ** (len(spatial) - 1)  # one cell along axis 0
+    normal = one / (one.square() + 1e-3).sqrt()
+    torch.testing.assert_close(similarities[:, shift][inner], (normal * normal)[:, 0][inner])
+    assert similarities.mean((0, *range(2, similarities.dim()))).argmax() == shift
 
 
 @pytest.mark.parametrize("spatial", [*GRIDS, (62, 74), (34, 38, 66)])
@@ -362,34 +388,32 @@ LEVELS = [Level(2, 2, 40, 0.2), Level(2, 2, 20, 0.1, bending=0.1)]
 
 def test_a_merged_start_is_optimised_as_one_velocity():
     """Several velocities become their sum, which moves nearly alike, and all of which can be optimised."""
-    spatial, merge = (32, 64), settings(merge=True)
+    spatial, merge = (32, 64), settings(merge=True, instance=tuple(LEVELS), baseline=tuple(LEVELS))
     network, (fixed, moving) = small_network(2), (ball_maps(spatial, 0), ball_maps(spatial, 3))
     with torch.no_grad():
         velocities = network.velocities(fixed, moving, 2)
-    outer = refine(fixed, moving, velocities, LEVELS[:1], settings())
+    outer = refine_network(fixed, moving, velocities, replace(merge, merge=False))
     assert len(outer) == 3 and all(map(torch.equal, outer[:2], velocities[:2])), "without merging, the last one only"
-    (one,) = refine(fixed, moving, velocities, LEVELS, merge)
+    (one,) = refine_network(fixed, moving, velocities, merge)
     deformation = integrate((one,), 6).resized(spatial)
     assert inverse_error(deformation) < 0.1
     losses = [float(registration_loss(each, fixed, moving, 0.05).total) for each in (deformation, still(*spatial))]
     assert losses[0] < 0.5 * losses[1]
-    assert refine(fixed, moving, velocities, [], merge) == velocities, "without levels, nothing changes"
+    assert refine_network(fixed, moving, velocities, replace(merge, instance=())) == velocities
 
 
-def test_of_each_pair_the_better_start_is_taken():
+def test_a_start_that_brings_a_pair_no_closer_is_not_used():
     """The first pair is helped by its start, which is near the truth; the second is not, its start is far off."""
     fixed = torch.cat([ball_maps((64, 40), 0)] * 2)
     moving = torch.cat([ball_maps((64, 40), 20), ball_maps((64, 40), 1)])
     start = torch.zeros(2, 2, 16, 10)  # in voxels of a grid four times as coarse
     start[0, 0], start[1, 0] = 5.0, -6.0
-    usual = settings(smoothness=0.01)
-    (found,) = refine(fixed, moving, (start / 2, start / 2), LEVELS[:1], replace(usual, merge=True))
-    (from_start,), (from_nothing,) = (
-        refine(fixed, moving, (each,), LEVELS[:1], usual) for each in (start, torch.zeros_like(start))
-    )
-    torch.testing.assert_close(found[0], from_start[0])
-    torch.testing.assert_close(found[1], from_nothing[1])
-    assert not torch.allclose(from_start[0], from_nothing[0], atol=0.1)
+    usual = settings(optimiser_smoothness=0.01, instance=tuple(LEVELS[:1]), baseline=tuple(LEVELS), merge=True)
+    assert registration.brings_closer(fixed, moving, start, usual).tolist() == [True, False]
+    (found,) = refine_network(fixed, moving, (start / 2, start / 2), usual)
+    (from_start,) = refine(fixed[:1], moving[:1], (start[:1],), usual.instance, usual)
+    (from_zero,) = refine(fixed[1:], moving[1:], (0 * start[1:],), usual.baseline, usual)
+    assert torch.equal(found, torch.cat([from_start, from_zero]))
 
 
 # ------------------------------------------------------------------------------------------- whole sets of pairs
@@ -401,6 +425,22 @@ def pairs():
     maps = torch.cat([ball_maps((49, 75), shift) for shift in (0, 3, 0, -2, 1, 0)])
     labels = maps.round().sum(1).byte().unflatten(0, (3, 2))  # nested, so that their sum is a label map
     return PairSet(labels, ("background", "shell", "core"), (1.0, 1.0), ("a~b", "c~d", "e~f"))
+
+
+def test_the_optimiser_has_a_smoothness_and_a_blur_of_its_own():
+    fixed, moving, level = ball_maps((32, 40), 0), ball_maps((32, 40), 3), Level(1, 1, 20, 0.2)
+    found = {
+        name: refine(fixed, moving, zero((32, 40)), [level], settings(**changes))[0]
+        for name, changes in {
+            "as in training": {"smoothness": 0.5},
+            "its own": {"smoothness": 9.0, "optimiser_smoothness": 0.5},
+            "blurred": {"smoothness": 0.5, "blur": 3.0},
+            "rougher": {"smoothness": 0.5, "optimiser_smoothness": 0.0},
+        }.items()
+    }
+    as_in_training, own, blurred, rougher = found.values()
+    assert torch.equal(as_in_training, own) and not torch.allclose(as_in_training, blurred, atol=0.01)
+    assert registration.squared_gradient(rougher) > 1.1 * registration.squared_gradient(own)
 
 
 PROFILE = replace(

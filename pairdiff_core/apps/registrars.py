@@ -33,7 +33,8 @@ def chosen_registrar(
     """How to register, by a network of a run or by optimisation alone, and its description for JSON."""
     options, described = {"watch": watch}, {"settings": to_json(profile.registration)}
     if own:
-        trained = pipeline.load_model(own.path, f"registration-{network or 'synthetic'}")
+        name = f"registration-{network}" if network else pipeline.default_network(own.path)
+        trained = pipeline.load_model(own.path, name)
         options |= {"network": trained.model, "instance": instance, "trained_spacing": _trained_grid(own)[1]}
         described |= {"run": str(own.path), "network": trained.fingerprint}
     return partial(registration.register, profile=profile, **options), described

@@ -51,9 +51,10 @@ class Motions:
         return len(self.cases)
 
     def __call__(self, labels: torch.Tensor, spatial: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """A random one of the motions, laid into an image of vessels (H, W, D); see :func:`laid`."""
-        index = int(torch.randint(len(self), (1,), generator=generator))
-        return laid(self.displacement[index], box_of_vessels(labels), spatial)
+        """A random average of two of the motions, laid into an image of vessels (H, W, D); see :func:`laid`."""
+        one, other = self.displacement[torch.randint(len(self), (2,), generator=generator)]
+        share = torch.rand(1, generator=generator)
+        return laid(torch.lerp(one, other, share), box_of_vessels(labels), spatial)
 
 
 def load_motions(dataset: str, data: str | Path | None = None, seed: int = 0) -> Motions:

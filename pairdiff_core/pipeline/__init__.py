@@ -12,6 +12,7 @@ from .measure import (
 from .models import (
     Trained,
     chosen_model,
+    default_network,
     find_autoencoder,
     find_model,
     load_model,

@@ -22,7 +22,7 @@ from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import StageResults, run_stages
 from pairdiff_core.profiles import Profile, to_json
-from pairdiff_core.registration import Method, evaluate, register, summarise
+from pairdiff_core.registration import evaluate, register, summarise, used_as_start
 from pairdiff_core.storage import (
     code_hash,
     fingerprint,
@@ -42,7 +42,7 @@ METRICS, FINISHED = "metrics.json", "finished"  # files of a run folder
 log = logging.getLogger(__name__)
 QUOTED = {  # rows of the registration table that the text quotes, by their names there
     "before": "before",
-    "baseline": "baseline",
+    "optimiser": "baseline",
     "network_real": "real",
     "network_random_warps": "real, warped",
     "network_motion": "real, motion",
@@ -52,13 +52,13 @@ QUOTED = {  # rows of the registration table that the text quotes, by their name
 }
 
 
-def methods(profile: Profile, networks: dict[str, Trained]) -> dict[str, tuple[Method | None, list[str]]]:
+def methods(profile: Profile, networks: dict[str, Trained]) -> dict[str, tuple[partial | None, list[str]]]:
     """The methods that are compared, and the fingerprints of the networks that they depend on.
 
     Before registration; the baseline without training, also with one more level at full size where its last is coarser;
     and each network without and with instance optimisation.
     """
-    found: dict[str, tuple[Method | None, list[str]]] = {"before": (None, [])}
+    found: dict[str, tuple[partial | None, list[str]]] = {"before": (None, [])}
     found["baseline"] = (partial(register, profile=profile), [])
     levels = profile.registration.baseline
     if levels[-1].scale > 1:
@@ -98,8 +98,12 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
             log.info("measuring: %s", name)
             return measured_once(path, common | {"on": depends_on}, partial(measure_part, *arguments))
 
-    def one_method(method: Method | None) -> dict[str, Any]:
-        return summarise(list(evaluate(run.validation, method)), run.validation.label_names)
+    def one_method(method: partial | None) -> dict[str, Any]:
+        row = summarise(list(evaluate(run.validation, method)), run.validation.label_names)
+        options = method.keywords if method else {}
+        if "network" in options and options.get("instance", True):
+            row["used_as_start"] = sum(used_as_start(run.validation, **options))
+        return row
 
     made_from = [autoencoder.fingerprint, denoiser.fingerprint]
     measured: dict[str, Any] = {
@@ -170,7 +174,7 @@ def _made_by(path: Path) -> dict[str, Any]:
 
 
 def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers that the text quotes; regularity is that of the network trained on synthetic pairs."""
+    """The numbers that the text quotes; the last ones are of the network with other people's motions, or of synthetic."""
     rows = {row["method"]: row for row in measured["registration"]}
     real, synthetic = (rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic"))
     summary = {
@@ -181,7 +185,9 @@ def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
     }
     for short, name in (("dice", "dice"), ("hd95", "hd95_mm"), ("tre", "tre_mm"), ("seconds", "seconds_per_pair")):
         summary |= {f"{short}_{quoted}": rows[row][name] for quoted, row in QUOTED.items() if name in rows.get(row, ())}
-    return summary | {name: rows["synthetic"][name] for name in ("folding_percent", "inverse_consistency_error")}
+    network = "real, motion" if "real, motion" in rows else "synthetic"
+    summary["network_used_as_start"] = rows[f"{network} + instance"]["used_as_start"]
+    return summary | {name: rows[network][name] for name in ("folding_percent", "inverse_consistency_error", "hd95_mm")}
 
 
 def _decoded(autoencoder: Trained, pairs: PairSet) -> PairSet:

@@ -113,6 +113,15 @@ def load_model(folder: str | Path, name: str) -> Trained:
     return load_trained(path, run.profile)
 
 
+def default_network(folder: str | Path) -> str:
+    """The registration network of a run folder or pretrained model that is used where none is named.
+
+    That is the one trained on real pairs with other people's motions, which does best, else that of synthetic pairs.
+    """
+    name = "registration-real-motion"
+    return name if (Path(folder) / f"{name}.safetensors").is_file() else "registration-synthetic"
+
+
 def find_autoencoder(run: Run, fingerprint: str) -> Trained:
     """The autoencoder with these weights: of the run folder, else of the pretrained models that fit the run.
 

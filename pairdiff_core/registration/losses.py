@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,9 @@ def label_maps(labels: torch.Tensor, num_labels: int, scale: int = 1) -> torch.T
 
 def pool(maps: torch.Tensor, scale: int) -> torch.Tensor:
     """Maps (N, M, *spatial) averaged over cubes of ``scale`` voxels: the share of each structure in each cube."""
-    if scale == 1:
-        return maps
-    return F.interpolate(maps, size=[max(1, size // scale) for size in maps.shape[2:]], mode="area")
+    return averaged(maps, [max(1, size // scale) for size in maps.shape[2:]])
+
+
+def averaged(maps: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
+    """Maps (N, M, *old) averaged over equal boxes to a coarser grid."""
+    return maps if tuple(spatial) == maps.shape[2:] else F.interpolate(maps, size=list(spatial), mode="area")

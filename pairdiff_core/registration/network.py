@@ -1,4 +1,4 @@
-"""The registration network: small U-Nets, one after the other, inverse consistent by construction.
+"""The registration network: small networks, one after the other, inverse consistent by construction.
 
 By construction, swapping the images swaps displacement and inverse. That these undo each other holds in theory; in
 numbers only as nearly as :mod:`pairdiff_core.registration.deformation` says. Training and the steps between the U-Nets
@@ -7,68 +7,159 @@ integrate cheaply, without bounding the roughness; :func:`pairdiff_core.registra
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pairdiff_core.fields import smooth, warp
-from pairdiff_core.profiles import RegistrationSettings, UNetStep
+from pairdiff_core.profiles import CorrelationSettings, RegistrationSettings, UNetSettings
 from pairdiff_core.registration.deformation import Deformation, Velocities, integrate
-from pairdiff_core.registration.losses import label_maps, pool, registration_loss
+from pairdiff_core.registration.losses import averaged, label_maps, pool, registration_loss
 
 
 class VelocityStep(nn.Module):
-    """A U-Net whose velocity changes its sign when the images are swapped.
+    """A network whose velocity changes its sign when the images are swapped.
 
     It sees (A, B) and (B, A) in one batch; the difference of its two answers, smoothed, is the velocity.
 
     Args:
-        settings: channels, and how many times coarser the images are that it sees.
-        control: the velocity lives on a grid this many times coarser than the images, a multiple of that. A smooth
-            flow needs no finer one, and in 3D integrating it is most of the work.
-        spatial_dims: 2 or 3.
-        maps: M, channels of one image.
+        scale: it sees images averaged over this many voxels a side.
+        control: its velocity lives on a grid this many times coarser than the images, a multiple of that. A smooth flow
+            needs no finer one, and in 3D integrating it is most of the work.
+
+    Raises:
+        ValueError: if ``control`` is no multiple of ``scale``.
     """
 
-    def __init__(self, settings: UNetStep, control: int, spatial_dims: int, maps: int) -> None:
+    def __init__(self, scale: int, control: int) -> None:
         super().__init__()
-        if control % settings.scale:
-            raise ValueError(f"control must be a multiple of scale, got {control} and {settings.scale}")
-        self.scale, self.control = settings.scale, control
-        from monai.networks.nets import BasicUNet  # here: its import takes seconds
+        if control % scale:
+            raise ValueError(f"control must be a multiple of scale, got {control} and {scale}")
+        self.scale, self.control = scale, control
 
-        self.unet = BasicUNet(spatial_dims, 2 * maps, spatial_dims, settings.channels)
-        nn.init.zeros_(self.unet.final_conv.weight)  # start from the identity
-        nn.init.zeros_(self.unet.final_conv.bias)
+    def answers(self, images: torch.Tensor) -> torch.Tensor:
+        """Answers (2N, D, *control grid) for (A, B) and for (B, A), from A and B behind one another, (2N, M, *grid)."""
+        raise NotImplementedError
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor, seen_at: int) -> torch.Tensor:
         """Velocity (N, D, *control grid), in its voxels, of maps (N, M, *grid) that were pooled by ``seen_at``."""
-        fixed, moving = pool(fixed, self.scale // seen_at), pool(moving, self.scale // seen_at)
-        both = torch.cat([torch.cat([fixed, moving], 1), torch.cat([moving, fixed], 1)])  # (2N, 2M, *grid)
-        forth, back = self.unet(both).chunk(2)
-        return smooth(pool(forth - back, self.control // self.scale))
+        cells = [max(1, side * seen_at // self.control) for side in fixed.shape[2:]]
+        images = averaged(torch.cat([fixed, moving]), [each * self.control // self.scale for each in cells])
+        forth, back = self.answers(images).chunk(2)
+        return smooth(forth - back)
+
+
+class CorrelationStep(VelocityStep):
+    """Compares features of both images over a distance, and turns the similarities into a velocity.
+
+    At each cell of a coarse grid, the features of one image are multiplied with those of the other in all cells within
+    reach (the correlation layer of FlowNet, Dosovitskiy et al., ICCV 2015). So the network need not learn to search,
+    which it could only do from more anatomies than there are.
+
+    Args:
+        settings: grid, reach and widths.
+        spatial_dims: D, 2 or 3.
+        maps: M, channels of one image.
+    """
+
+    def __init__(self, settings: CorrelationSettings, spatial_dims: int, maps: int) -> None:
+        super().__init__(settings.scale, settings.control)
+        from monai.networks.blocks import Convolution, ResidualUnit  # here: the import takes seconds
+
+        patch, features, width = settings.control // settings.scale, settings.features, settings.width
+        self.reach, norm = settings.reach, ("INSTANCE", {"affine": True})
+        plain = {"conv_only": True, "strides": 1}
+        self.features = nn.Sequential(
+            Convolution(spatial_dims, maps, 2 * features, strides=patch, kernel_size=patch, padding=0, conv_only=True),
+            *(Convolution(spatial_dims, 2 * features, 2 * features, norm=norm, act="LEAKYRELU") for _ in range(2)),
+            Convolution(spatial_dims, 2 * features, features, **plain),
+        )
+        compared = (2 * settings.reach + 1) ** spatial_dims
+        self.head = nn.Sequential(
+            Convolution(spatial_dims, compared + 2 * features, width, **plain),
+            *(
+                ResidualUnit(spatial_dims, width, width, subunits=1, dilation=dilation, norm=norm, act="LEAKYRELU")
+                for dilation in settings.dilations
+            ),
+        )
+        self.final_conv = Convolution(spatial_dims, width, spatial_dims, kernel_size=1, **plain).conv
+        _start_from_identity(self.final_conv)
+
+    def answers(self, images: torch.Tensor) -> torch.Tensor:
+        seen = self.features(images)  # (2N, F, *control grid)
+        seen = seen / (seen.square().mean(1, keepdim=True) + 1e-3).sqrt()
+        other = torch.cat(seen.chunk(2)[::-1])
+        padded = F.pad(other, [self.reach] * 2 * (seen.dim() - 2))
+        shifts = itertools.product(range(2 * self.reach + 1), repeat=seen.dim() - 2)
+        windows = (
+            padded[(..., *(slice(first, first + size) for first, size in zip(shift, seen.shape[2:], strict=True)))]
+            for shift in shifts
+        )
+        similarities = torch.stack([(seen * window).mean(1) for window in windows], 1)  # (2N, (2 reach + 1)^D, *grid)
+        return self.final_conv(self.head(torch.cat([similarities, seen, other], 1)))
+
+
+class UNetStep(VelocityStep):
+    """A U-Net that sees both images at once.
+
+    Where its control grid is coarser than its images, it sees patches of them, as many voxels as there are to a cell:
+    the arrangement of thin structures is kept, and all convolutions work on the coarse grid.
+
+    Args:
+        settings: channels, and how many times coarser the images are that it sees.
+        control: of its velocity, see :class:`VelocityStep`.
+        spatial_dims: D, 2 or 3.
+        maps: M, channels of one image.
+    """
+
+    def __init__(self, settings: UNetSettings, control: int, spatial_dims: int, maps: int) -> None:
+        super().__init__(settings.scale, control)
+        from monai.networks.nets import BasicUNet  # here: its import takes seconds
+
+        patch, channels = control // settings.scale, 2 * maps
+        self.patches = nn.Identity()
+        if patch > 1:
+            channels = settings.channels[0]
+            self.patches = {2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims](2 * maps, channels, patch, patch)
+        self.unet = BasicUNet(spatial_dims, channels, spatial_dims, settings.channels)
+        _start_from_identity(self.unet.final_conv)
+
+    def answers(self, images: torch.Tensor) -> torch.Tensor:
+        swapped = torch.cat(images.chunk(2)[::-1])
+        return self.unet(self.patches(torch.cat([images, swapped], 1)))
+
+
+def _start_from_identity(last: nn.Module) -> None:
+    """Zeros in the last layer of a step: untrained, nothing moves."""
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
 
 
 class RegistrationNetwork(nn.Module):
     """Velocity steps, one after the other, whose velocities all change their sign when the images are swapped.
 
     Each step but the first sees both images moved halfway by the one before, so that swapping the images swaps its
-    inputs, too. The first may see coarser images: it finds what moves far at a fraction of the cost.
+    inputs, too. The first may compare features over a distance, on a coarser grid: it finds what moves far.
 
     Args:
-        settings: the U-Nets, the control grid, the squarings, and how often the last step is repeated.
+        settings: the steps, their grids, the squarings, and how often the last step is repeated.
         spatial_dims: 2 or 3.
         maps: M, channels of one image.
     """
 
     def __init__(self, settings: RegistrationSettings, spatial_dims: int, maps: int) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(VelocityStep(each, settings.control, spatial_dims, maps) for each in settings.unets)
+        self.steps = nn.ModuleList(UNetStep(each, settings.control, spatial_dims, maps) for each in settings.unets)
+        if settings.correlation:
+            self.steps.insert(0, CorrelationStep(settings.correlation, spatial_dims, maps))
         self.squarings, self.repeats = settings.squarings, settings.repeats
         self.scale = min(step.scale for step in self.steps)
-        self.smallest = 16 * max(step.scale for step in self.steps)  # the U-Nets halve their grid four times
+        self.smallest = smallest_side(settings)
 
     def velocities(self, fixed: torch.Tensor, moving: torch.Tensor, repeats: int = 1) -> Velocities:
-        """Velocities for maps (N, M, *spatial), on the control grid and in its voxels; the outermost first.
+        """Velocities for maps (N, M, *spatial), each on its control grid and in its voxels; the outermost first.
 
         Args:
             repeats: how often the last step is taken, each time from where the one before led. Images that are farther
@@ -92,6 +183,11 @@ class RegistrationNetwork(nn.Module):
         """Register maps (N, M, *spatial); the deformation lives on the finest grid of the U-Nets, in its voxels."""
         finest = [size // self.scale for size in fixed.shape[2:]]
         return integrate(self.velocities(fixed, moving), self.squarings).resized(finest)
+
+
+def smallest_side(settings: RegistrationSettings) -> int:
+    """Voxels a side that images need: the U-Nets halve their grid four times."""
+    return 16 * max(settings.control, *(step.scale for step in settings.unets))
 
 
 def training_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,7 +13,6 @@ from pairdiff_core.profiles import Level, RegistrationSettings
 from pairdiff_core.registration.deformation import Deformation, Velocities, enclosed, enclosing, integrate
 from pairdiff_core.registration.losses import bending_energy, pool, registration_loss
 
-BLUR = 0.8  # standard deviation of the Gaussian on the maps of a level, in its voxels
 LARGE = 2**16  # voxels of an image from which on it pays to compare only those near a structure
 FAINT = 0.05  # less of a structure than this counts as none then
 Watch = Callable[[range], Iterable[int]]  # goes through the steps of a level, and may show them, as tqdm does
@@ -27,7 +27,7 @@ def optimise(
     *,
     smoothness: float,
     squarings: int = 6,
-    blur: float = BLUR,
+    blur: float = 0.8,
     only_near: bool | None = None,
     watch: Watch = iter,
 ) -> Velocities:
@@ -74,36 +74,59 @@ def refine(
     settings: RegistrationSettings,
     watch: Watch = iter,
 ) -> Velocities:
-    """:func:`optimise` level by level, each from where the one before ended; without levels, nothing changes.
-
-    With ``settings.merge``, one velocity is optimised: the sum of these, or zero for each pair whose loss is lower from
-    there after one level. The sum leaves out the commutators of the Baker-Campbell-Hausdorff formula, but all of it can
-    be optimised then, while next to the innermost of several velocities the others stay as rough as a network made
-    them. And a network may answer farther from the truth than no answer at all is; descent from there ends nearby.
-    """
-    weights = {"smoothness": settings.smoothness, "squarings": settings.squarings, "watch": watch}
-    if settings.merge and levels and len(velocities) > 1:
-        first, *levels = levels
-        merged = sum(velocities)
-        tried = [optimise(fixed, moving, (start,), first, **weights)[0] for start in (merged, torch.zeros_like(merged))]
-        losses = [_loss_of_each(fixed, moving, velocity, first, settings) for velocity in tried]
-        better = torch.stack(losses).argmin(0)  # (N,)
-        velocities = (torch.stack(tried)[better, torch.arange(len(fixed))],)
+    """:func:`optimise` level by level, each from where the one before ended; without levels, nothing changes."""
+    smoothness = settings.smoothness if settings.optimiser_smoothness is None else settings.optimiser_smoothness
+    options = {"smoothness": smoothness, "squarings": settings.squarings, "blur": settings.blur, "watch": watch}
     for level in levels:
-        velocities = optimise(fixed, moving, velocities, level, **weights)
+        velocities = optimise(fixed, moving, velocities, level, **options)
     return velocities
 
 
+def refine_network(
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    velocities: Velocities,
+    settings: RegistrationSettings,
+    watch: Watch = iter,
+) -> Velocities:
+    """Improve the velocities of a network by the levels ``settings.instance``; without levels, nothing changes.
+
+    With ``settings.merge``, one velocity is optimised: the sum of these. That leaves out the commutators of the
+    Baker-Campbell-Hausdorff formula, but all of it can be optimised then, while next to the innermost of several
+    velocities the others stay as rough as a network made them. A pair that looks no more alike after the network than
+    before (:func:`brings_closer`) starts from zero instead, with the levels ``settings.baseline``.
+    """
+    if not settings.merge or not settings.instance:
+        return refine(fixed, moving, velocities, settings.instance, settings, watch)
+    start = merged(velocities)
+    closer = brings_closer(fixed, moving, start, settings)
+    found = []
+    for pair, good in enumerate(closer.tolist()):
+        one, other, velocity = (each[pair : pair + 1] for each in (fixed, moving, start))
+        levels = settings.instance if good else settings.baseline
+        found += refine(one, other, (velocity if good else 0 * velocity,), levels, settings, watch)
+    grid = max((each.shape[2:] for each in found), key=math.prod)
+    return (torch.cat([resize_field(each, grid) for each in found]),)
+
+
+def merged(velocities: Velocities) -> torch.Tensor:
+    """The sum of velocities (N, D, *grid), on the grid of the innermost."""
+    return sum(resize_field(each, velocities[-1].shape[2:]) for each in velocities)
+
+
 @torch.no_grad()
-def _loss_of_each(
-    fixed: torch.Tensor, moving: torch.Tensor, velocity: torch.Tensor, level: Level, settings: RegistrationSettings
+def brings_closer(
+    fixed: torch.Tensor, moving: torch.Tensor, velocity: torch.Tensor, settings: RegistrationSettings
 ) -> torch.Tensor:
-    """The loss of each pair at a level, (N,)."""
-    images = zip(
-        velocity.split(1), _blurred(fixed, level, BLUR).split(1), _blurred(moving, level, BLUR).split(1), strict=True
-    )
-    losses = [_loss(integrate((one,), settings.squarings), *pair, level, settings.smoothness) for one, *pair in images]
-    return torch.stack(losses)
+    """Of each pair, whether a velocity lowers the dissimilarity at the first level of ``settings.instance``, (N,)."""
+    level = settings.instance[0]
+    one, other = (_blurred(each, level, settings.blur) for each in (fixed, moving))
+
+    def dissimilarity(pair: int, share: float) -> torch.Tensor:
+        found = integrate((share * velocity[pair : pair + 1],), settings.squarings)
+        return registration_loss(found, one[pair : pair + 1], other[pair : pair + 1], 0.0).dissimilarity
+
+    return torch.stack([dissimilarity(pair, 1.0) < dissimilarity(pair, 0.0) for pair in range(len(fixed))])
 
 
 @torch.no_grad()

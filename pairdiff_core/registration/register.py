@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from pairdiff_core.pairs import PairSet, resize_labels
-from pairdiff_core.profiles import Profile
-from pairdiff_core.registration.deformation import Deformation, concatenated, integrate_on
+from pairdiff_core.profiles import Profile, RegistrationSettings
+from pairdiff_core.registration.deformation import Deformation, Velocities, concatenated, integrate_on
 from pairdiff_core.registration.losses import label_maps
-from pairdiff_core.registration.network import RegistrationNetwork
-from pairdiff_core.registration.optimise import Watch, refine
+from pairdiff_core.registration.network import RegistrationNetwork, smallest_side
+from pairdiff_core.registration.optimise import Watch, brings_closer, merged, refine, refine_network
 from pairdiff_core.training import best_device
 
 VOXELS_AT_ONCE = 2**18  # of the pairs that are registered together: larger tensors are slow on a CPU
@@ -86,14 +86,38 @@ def _by_network(
     watch: Watch,
 ) -> Deformation:
     settings = profile.registration
-    sampled = [_resampled(image, seen.grid, num_labels) for image in _padded(labels, seen.padded).unbind(1)]
-    fixed, moving = (label_maps(image.to(best_device()), num_labels) for image in sampled)
-    velocities = network.velocities(fixed, moving, settings.repeats)
+    velocities = _velocities(labels, num_labels, settings, network, seen)
     if instance and settings.instance:
         maps = _maps(labels, seen.padded, num_labels, coarsening(seen.padded, profile.spatial))
         with torch.enable_grad():
-            velocities = refine(*maps, velocities, settings.instance, settings, watch)
+            velocities = refine_network(*maps, velocities, settings, watch)
     return _on_grid(velocities, settings.squarings, seen.padded, labels.shape[2:])
+
+
+def _velocities(
+    labels: torch.Tensor, num_labels: int, settings: RegistrationSettings, network: RegistrationNetwork, seen: Sampling
+) -> Velocities:
+    sampled = [_resampled(image, seen.grid, num_labels) for image in _padded(labels, seen.padded).unbind(1)]
+    fixed, moving = (label_maps(image.to(best_device()), num_labels) for image in sampled)
+    return network.velocities(fixed, moving, settings.repeats)
+
+
+@torch.no_grad()
+def used_as_start(pairs: PairSet, profile: Profile, network: RegistrationNetwork) -> list[bool]:
+    """Of which pairs :func:`register` optimises the network's answer; of the others it optimises from zero.
+
+    Only ``registration.merge`` allows the latter. The pairs have the spacing that the network was trained at.
+    """
+    settings, seen = profile.registration, sampling(pairs.spatial, pairs.spacing, profile, pairs.spacing)
+    if not settings.merge or not settings.instance:
+        return [True] * len(pairs)
+    network.eval()
+    used = []
+    for labels in pairs.labels.split(1):
+        velocity = merged(_velocities(labels, pairs.num_labels, settings, network, seen))
+        maps = _maps(labels, seen.padded, pairs.num_labels, coarsening(seen.padded, profile.spatial))
+        used += brings_closer(*maps, velocity, settings).tolist()
+    return used
 
 
 @torch.no_grad()
@@ -144,14 +168,15 @@ def sampling(
     of its training. Then it sees the image's own voxels, or coarser ones.
     """
     settings = profile.registration
-    smallest = 16 * max(step.scale for step in settings.unets)
+    smallest = smallest_side(settings)
     ratio = [_nearly_whole(mm / own) for mm, own in zip(trained_spacing, spacing, strict=True)]
     wanted = [size / times for size, times in zip(spatial, ratio, strict=True)]
     voxels = math.prod(profile.spatial)
     fits = min(wanted) >= smallest / 2 and math.prod(wanted) <= LARGEST * voxels and min(ratio) >= FINEST
     if not fits:
         ratio = [float(coarsening(spatial, profile.spatial))] * len(spatial)
-    grid = [max(_up(size / times, settings.control), smallest) for size, times in zip(spatial, ratio, strict=True)]
+    multiple = math.lcm(settings.control, settings.correlation.control if settings.correlation else 1)
+    grid = [max(_up(size / times, multiple), smallest) for size, times in zip(spatial, ratio, strict=True)]
     if max(grid) < 2 * smallest:  # one voxel at the U-Net's coarsest level, which it cannot normalise
         grid[grid.index(max(grid))] = 2 * smallest
     padded = [max(size, round(new * times)) for size, new, times in zip(spatial, grid, ratio, strict=True)]
