@@ -116,6 +116,7 @@ TRIED: list[tuple[str, Callable[..., Peer], float, dict[str, Any]]] = [
     ("SimpleITK, Demons", demons, 1.0, {"steps": (60, 40, 20), "sigma": 1.5}),
     ("SimpleITK, Demons", demons, 1.0, {"steps": (200, 100, 40), "sigma": 1.5}),
     ("SimpleITK, Demons", demons, 1.0, {"steps": (60, 40, 20), "sigma": 2.5}),
+    ("SimpleITK, Demons", demons, 1.0, {"steps": (200, 100, 40), "sigma": 1.0}),
     ("ANTs, SyN", syn, 1.0, {"metric": "meansquares", "steps": (40, 20, 0), "flow_sigma": 3}),
     ("ANTs, SyN", syn, 1.0, {"metric": "meansquares", "steps": (80, 60, 20), "flow_sigma": 3}),
     ("ANTs, SyN", syn, 1.0, {"metric": "CC", "steps": (40, 20, 0), "flow_sigma": 3}),

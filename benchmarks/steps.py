@@ -34,13 +34,16 @@ Variants = dict[str, Callable[[], Callable[[], Any]]]
 def registration_variants(sizes: Sizes) -> Variants:
     """One training step; it returns the loss before it."""
     unets = 2 * (UNetSettings(2, (8, 16, 32, 64, 64, 64)),)
-    settings = replace(LAPTOP.registration, unets=unets, control=2, squarings=12, scales=1)
+    settings = replace(LAPTOP.registration, unets=unets, correlation=None, control=2, squarings=12, scales=1)
     variants: Variants = {"published": partial(rows.published_registration_step, sizes)}
     for change, changed in {
         "fields on the grid of the U-Nets, both directions in one batch": {},
         "5 squarings instead of 12": {"squarings": 5},
         "velocities on a grid twice as coarse": {"control": 4},
-        "the first U-Net sees coarser images, and is wider": {"unets": LAPTOP.registration.unets},
+        "a correlation layer instead of the first U-Net, and the other one on patches": {
+            "unets": LAPTOP.registration.unets,
+            "correlation": LAPTOP.registration.correlation,
+        },
         "images compared at four scales: it learns more": {"scales": 4},
     }.items():
         settings = replace(settings, **changed)

@@ -66,7 +66,8 @@ def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any
         ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
     """
     run = open_run(folder, data)
-    autoencoder, denoiser, network = (load_model(folder, name) for name in ("vqae", "denoiser", default_network(folder)))
+    names = ("vqae", "denoiser", default_network(folder))
+    autoencoder, denoiser, network = (load_model(folder, name) for name in names)
     scores = {"vqae_dice": describe_vqae(run, autoencoder, run.validation)["dice"]}
     scores |= pipeline.describe_denoiser(run, autoencoder, denoiser, run.validation)
     scores |= _registration(run, network, ROWS)

@@ -11,8 +11,10 @@ import torch
 from small_run import small_run
 
 from benchmarks import __main__ as command
-from benchmarks import codebook, measure, on_gpu, published, quality, rows, steps
+from benchmarks import codebook, measure, moved, on_gpu, peers, published, quality, rows, steps
 from pairdiff_core import absorbing, fields, pipeline, registration, vqae
+from pairdiff_core.data.breathing import load_motions
+from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.profiles import Level, Patches, get_profile
 from pairdiff_core.training import best_device, fast_in_bfloat16
 
@@ -142,9 +144,9 @@ def test_both_registration_losses_are_the_same_but_for_a_factor(amount):
 
 
 def test_all_variants_of_our_registration_step_start_from_the_identity():
-    prepared = [*steps.registration_variants(TINY).values()][1:4]
-    prepared.append([*steps.registration_variants(rows.SMALL).values()][4])  # its U-Nets need more voxels
-    for prepare, sizes in zip(prepared, (TINY, TINY, TINY, rows.SMALL), strict=True):
+    prepared = [*steps.registration_variants(TINY).values()][1:3]
+    prepared += [*steps.registration_variants(rows.SMALL).values()][3:5]  # their U-Nets need more voxels
+    for prepare, sizes in zip(prepared, (TINY, TINY, rows.SMALL, rows.SMALL), strict=True):
         fixed, moving = (registration.pool(image, 2) for image in rows.pair_of_maps(sizes))
         assert prepare()() == pytest.approx(float((fixed - moving).abs().mean()), rel=1e-5)
 
@@ -334,3 +336,41 @@ def test_a_difference_between_the_devices_is_seen(monkeypatch):
     monkeypatch.setattr(on_gpu, "results", lambda device: {"vqae: logits": lambda: next(values)})
     row = on_gpu.compare("vqae: logits")
     assert row["largest_difference"] == 1 and row["allowed"] == pytest.approx(0.101) and not row["agrees"]
+
+
+# --------------------------------------------------------------------------------------- other people's programs
+
+
+@pytest.mark.parametrize("peer", [peers.demons(), peers.b_splines(nodes_mm=16)], ids=["demons", "b-splines"])
+def test_other_programs_answer_in_voxels_from_fixed_to_moving(peer):
+    places = fields.identity_grid((40, 32, 36)) - torch.tensor([18.0, 15.0, 17.0]).reshape(3, 1, 1, 1)
+    fixed, moving = (
+        torch.sigmoid(8 - (places - shift).norm(dim=0)) for shift in (0, torch.eye(3)[0, :, None, None, None] * 2)
+    )
+    found = torch.from_numpy(peer(fixed.numpy(), moving.numpy()).copy())[:, fixed > 0.5].mean(1)
+    assert found[0] == pytest.approx(2, abs=0.7) and found[1:].abs().max() < 0.5
+
+
+def test_a_row_of_another_program_has_the_columns_of_ours():
+    pair = lung_pairs(1, spatial=(64, 52, 64))
+    row = peers.run_peer(pair, lambda fixed, moving: pair.displacement[0].numpy(), blur=1.0)
+    expected = registration.score(pair, registration.Deformation(pair.displacement, pair.displacement))
+    assert row["tre_mm"] == pytest.approx(expected["tre_mm"]) and row["seconds_per_pair"] >= 0
+    assert set(expected) <= set(row)
+
+
+def test_moved_pairs_move_their_landmarks_along():
+    pairs, motions = lung_pairs(2, spatial=(64, 52, 64)), load_motions("phantom3d")
+    pairs = replace(pairs, landmarks=(pairs.landmarks[0], pairs.landmarks[1][:0]))
+    found = moved.moved_pairs(pairs, motions, (0, 3))
+    assert found.names == tuple(f"{pairs.names[0]}+{motions.cases[number]}" for number in (0, 3))
+    for index in range(2):
+        assert torch.equal(found.fixed[index], pairs.fixed[0]) and not torch.equal(found.moving[index], pairs.moving[0])
+        fixed, moving = found.landmarks[index].unbind(1)
+        assert torch.equal(fixed, pairs.landmarks[0][:, 0])
+        before, after = (maps[0].float() for maps in (pairs.moving, found.moving[index : index + 1]))
+        on_vessel = [
+            fields.sample_at(each[None], points).mean()
+            for each, points in ((before, pairs.landmarks[0][:, 1]), (after, moving))
+        ]
+        assert on_vessel[1] > 0.8 * on_vessel[0] > 0

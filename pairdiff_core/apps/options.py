@@ -17,7 +17,7 @@ ProfileName = Literal[tuple(PROFILES[2])]
 
 DataFolder = Annotated[Path | None, typer.Option(help="Folder of the real data; default: the environment variables.")]
 Levels = Annotated[int | None, typer.Option(min=1, help="Only the first levels of the optimisation: faster, coarser.")]
-NetworkName = Annotated[str | None, typer.Option(help="Which network of the run; default: real-motion, else synthetic.")]
+NetworkName = Annotated[str | None, typer.Option(help="Which network; default: real-motion, else synthetic.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only results, warnings and errors: no bars, notes or progress.")]
 Resample = Annotated[

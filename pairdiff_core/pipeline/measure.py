@@ -174,7 +174,7 @@ def _made_by(path: Path) -> dict[str, Any]:
 
 
 def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers that the text quotes; the last ones are of the network with other people's motions, or of synthetic."""
+    """The numbers that the text quotes; the last are of the network with other people's motions, else of synthetic."""
     rows = {row["method"]: row for row in measured["registration"]}
     real, synthetic = (rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic"))
     summary = {
