@@ -31,10 +31,11 @@ from pairdiff_core.apps import cli, cost
 from pairdiff_core.apps.field_files import read_field
 from pairdiff_core.apps.one_case import displacement_on
 from pairdiff_core.apps.volume_files import read_pair, write_field
-from pairdiff_core.data import datasets, fetch, oasis
-from pairdiff_core.metrics import inverse_consistency_error
+from pairdiff_core.data import datasets, fetch, grid_affine, oasis
+from pairdiff_core.data.phantom_lungs import lung_pairs
+from pairdiff_core.metrics import inverse_consistency_error, target_registration_error
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.pipeline import models, stages
+from pairdiff_core.pipeline import find_model, models, open_run, stages
 from pairdiff_core.profiles import PROFILES, get_profile, to_json, with_levels
 
 SHAPE = (20, 18, 16)
@@ -495,6 +496,20 @@ def test_register_by_a_pretrained_model(tmp_path):
     result = works(call("register", *paths, "--out", tmp_path / "u.nii.gz", "--run", "oasis2d-laptop", "--steps", 0))
     before, after = (float(word.strip(",")) for word in result.stdout.split()[2:5:2])
     assert after > before
+
+
+def test_the_pretrained_lung_model_does_what_the_optimiser_does_in_fewer_steps(tmp_path):
+    pair = lung_pairs(1, spatial=(128, 104, 128))
+    affine = grid_affine("phantom3d", pair.spatial)
+    paths = [write(tmp_path / f"{n}.nii.gz", image.numpy(), affine) for n, image in enumerate(pair.labels[0])]
+    tre = {}
+    for name, options in {"without": [], "with": ["--run", "lung250m-laptop"]}.items():
+        works(call("register", *paths, "--out", tmp_path / f"{name}.nii.gz", "--format", "l2r", *options))
+        field = torch.from_numpy(nib.load(tmp_path / f"{name}.nii.gz").get_fdata(dtype=np.float32)).movedim(-1, 0)
+        tre[name] = float(target_registration_error(field, pair.landmarks[0], pair.spacing).mean())
+    assert tre["with"] < tre["without"] + 0.2
+    used = open_run(find_model("lung250m-laptop")).profile.registration
+    assert 2 * sum(level.steps for level in used.instance) < sum(level.steps for level in used.baseline)
 
 
 def test_what_does_not_fit_the_network_is_noted(files, tmp_path, trained_3d):

@@ -344,7 +344,7 @@ def test_models_are_found_by_name_and_folder(trained, models, tmp_path, monkeypa
 
 def test_the_models_of_this_project_load():
     for folder in pipeline.pretrained_models():
-        for name in ("vqae", "denoiser", "registration-synthetic"):
+        for name in ("vqae", "denoiser", pipeline.default_network(folder)):
             assert pipeline.load_model(folder, name).loaded
 
 

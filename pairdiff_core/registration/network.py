@@ -55,8 +55,7 @@ class CorrelationStep(VelocityStep):
     """Compares features of both images over a distance, and turns the similarities into a velocity.
 
     At each cell of a coarse grid, the features of one image are multiplied with those of the other in all cells within
-    reach (the correlation layer of FlowNet, Dosovitskiy et al., ICCV 2015). So the network need not learn to search,
-    which it could only do from more anatomies than there are.
+    reach (the correlation layer of FlowNet, Dosovitskiy et al., ICCV 2015), so the network need not learn to search.
 
     Args:
         settings: grid, reach and widths.
@@ -186,8 +185,8 @@ class RegistrationNetwork(nn.Module):
 
 
 def smallest_side(settings: RegistrationSettings) -> int:
-    """Voxels a side that images need: the U-Nets halve their grid four times."""
-    return 16 * max(settings.control, *(step.scale for step in settings.unets))
+    """Voxels a side that images need: the U-Nets halve the control grid four times."""
+    return 16 * settings.control
 
 
 def training_loss(
