@@ -62,7 +62,7 @@ def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any
         data: folder of the real data; None looks where the environment variables say.
 
     Returns:
-        ``validation``: ``vqae_dice``, ``bits_per_token``, and of each of ``ROWS`` the ``COLUMNS`` that there are;
+        ``network``: which is measured; ``validation``: ``vqae_dice``, ``bits_per_token``, and of each of ``ROWS`` the ``COLUMNS`` that there are;
         ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
     """
     run = open_run(folder, data)
@@ -73,7 +73,12 @@ def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any
     scores |= _registration(run, network, ROWS)
     used = {"train": fingerprint(run.train.labels), "validation": fingerprint(run.validation.labels)}
     made_by = provenance(run.profile.name, run.seed, best_device(), used) | {"dataset": run.dataset}
-    return {"validation": scores, "phantom": measure_on_phantoms(folder), "provenance": made_by}
+    return {
+        "network": default_network(folder),
+        "validation": scores,
+        "phantom": measure_on_phantoms(folder),
+        "provenance": made_by,
+    }
 
 
 def measure_on_phantoms(folder: str | Path) -> dict[str, float]:
@@ -108,7 +113,7 @@ def write_card(folder: str | Path, measured: dict[str, Any]) -> None:
     texts = {name: f"{value:.3f}" for name, value in numbers.items() if value is not None}
     texts |= {"name": Path(folder).resolve().name, "profile": made_by["profile"], "seed": made_by["seed"]}
     texts |= {
-        "trained_on": TRAINED_ON[default_network(folder)],
+        "trained_on": TRAINED_ON[measured["network"]],
         "data": DATA.get(made_by["dataset"], "Phantoms."),
         "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
     }
