@@ -62,8 +62,8 @@ def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any
         data: folder of the real data; None looks where the environment variables say.
 
     Returns:
-        ``network``: which is measured; ``validation``: ``vqae_dice``, ``bits_per_token``, and of each of ``ROWS`` the ``COLUMNS`` that there are;
-        ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
+        ``network``: which is measured; ``validation``: ``vqae_dice``, ``bits_per_token``, and of each of ``ROWS`` the
+        ``COLUMNS`` that there are; ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
     """
     run = open_run(folder, data)
     names = ("vqae", "denoiser", default_network(folder))
