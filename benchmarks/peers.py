@@ -1,6 +1,6 @@
 """Other people's registration on the same pairs: ANTs (SyN) and SimpleITK (Demons, B-splines).
 
-    pip install antspyx
+    pip install -e '.[peers]'
     python -m benchmarks.peers --data DIR --json book/results/peers.json
     python -m benchmarks.peers --data DIR --choose
 

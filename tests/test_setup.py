@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["dev"]]]
 # The names under which a package is imported, where they differ from its own.
-IMPORTED_AS = {"ipython": "IPython", "pillow": "PIL", "pyyaml": "yaml", "simpleitk": "SimpleITK"}
+IMPORTED_AS = {"antspyx": "ants", "ipython": "IPython", "pillow": "PIL", "pyyaml": "yaml", "simpleitk": "SimpleITK"}
 
 
 def pins(lines: list[str]) -> dict[str, Version]:
@@ -146,7 +146,7 @@ def imported_names(folder: str) -> dict[str, str]:
     ("folder", "dependencies"),
     [
         ("pairdiff_core", PROJECT["dependencies"]),
-        ("benchmarks", PROJECT["dependencies"]),
+        ("benchmarks", [*PROJECT["dependencies"], *EXTRAS["peers"]]),
         ("tests", [*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["dev"]]),
     ],
 )
