@@ -245,7 +245,7 @@ def accuracy() -> Iterator[Row]:
     rows = read("published")["validation"]["rows"]
     best = min(row["instance"] for row in rows)
     methods = {row["method"]: row for row in read("lung250m")["registration"]}
-    for what, name in {"no training": "baseline", "network and instance": "synthetic + instance"}.items():
+    for what, name in {"no training": "baseline", "network and instance": "real, motion + instance"}.items():
         row = methods[name]
         yield Row(f"{what}: error at landmarks", "mm", row["tre_mm"], best, 2.65, absolute=True)
         for title, unit, key, target in (
