@@ -65,7 +65,6 @@ def small_run_3d(folder, seed=0):
             quick.registration,
             unets=UNETS,
             steps=4,
-            learning_rate=2e-2,
             instance=(Level(scale=2, control=2, steps=3, learning_rate=0.1, bending=0.1),),
             merge=True,
             baseline=(Level(scale=2, control=2, steps=10, learning_rate=0.3),),

@@ -8,6 +8,7 @@ integrate cheaply, without bounding the roughness; :func:`pairdiff_core.registra
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from pairdiff_core.registration.deformation import Deformation, Velocities, inte
 from pairdiff_core.registration.losses import averaged, label_maps, pool, registration_loss
 
 
-class VelocityStep(nn.Module):
+class VelocityStep(nn.Module, ABC):
     """A network whose velocity changes its sign when the images are swapped.
 
     It sees (A, B) and (B, A) in one batch; the difference of its two answers, smoothed, is the velocity.
@@ -39,9 +40,9 @@ class VelocityStep(nn.Module):
             raise ValueError(f"control must be a multiple of scale, got {control} and {scale}")
         self.scale, self.control = scale, control
 
+    @abstractmethod
     def answers(self, images: torch.Tensor) -> torch.Tensor:
         """Answers (2N, D, *control grid) for (A, B) and for (B, A), from A and B behind one another, (2N, M, *grid)."""
-        raise NotImplementedError
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor, seen_at: int) -> torch.Tensor:
         """Velocity (N, D, *control grid), in its voxels, of maps (N, M, *grid) that were pooled by ``seen_at``."""
