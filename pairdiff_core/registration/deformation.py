@@ -132,7 +132,9 @@ def enclosed(halves: tuple[torch.Tensor, torch.Tensor] | None, inner: torch.Tens
     return Deformation.from_both(middle)
 
 
-def integrate_on(velocities: Velocities, spatial: Sequence[int], squarings: int = 6) -> Deformation:
+def integrate_on(
+    velocities: Velocities, spatial: Sequence[int], squarings: int = 6, measured_on: Sequence[int] | None = None
+) -> Deformation:
     """Velocities as a deformation of images of this size, whose round trip is short however rough they are.
 
     Pairs whose :func:`roughness` is at most ``ROUGH`` get what :func:`integrate` gives, resized. Others are smoothed
@@ -140,32 +142,36 @@ def integrate_on(velocities: Velocities, spatial: Sequence[int], squarings: int 
     of its start on average, over the voxels that stay in view, and nothing folds; both are measured on that grid. More
     squarings hardly help: what is lost is lost between the nodes of the grid, not by long steps.
 
+    Args:
+        measured_on: size of the grid in whose voxels roughness and round trips are measured; None: of the images. The
+            velocities found on this grid are the same deformation of finer images.
+
     Returns:
         Deformation on the grid of the images, in its voxels.
     """
     grid = velocities[-1].shape[2:]
+    measured_on = measured_on or spatial
     velocities = tuple(fields.resize_field(each, grid) for each in velocities)
-    rough = roughness(velocities, spatial).flatten(1).amax(1) > ROUGH  # (N,)
+    rough = roughness(velocities, measured_on).flatten(1).amax(1) > ROUGH  # (N,)
     if not rough.any():
         return integrate(velocities, squarings).resized(spatial)
     found = []
     for index in range(len(rough)):  # a pair does not depend on those beside it
         pair = tuple(each[index : index + 1] for each in velocities)
-        found.append(
-            _bounded(pair, spatial, squarings) if rough[index] else integrate(pair, squarings).resized(spatial)
-        )
+        deformation = _bounded(pair, measured_on, squarings) if rough[index] else integrate(pair, squarings)
+        found.append(deformation.resized(spatial))
     return concatenated(found)
 
 
 def _bounded(velocities: Velocities, spatial: Sequence[int], squarings: int) -> Deformation:
-    """:func:`integrate_on` for one pair that is rough."""
+    """:func:`integrate_on` for one pair that is rough, on a grid at least as fine as its own."""
     finer = [min(FINER * old, max(old, new)) for old, new in zip(velocities[-1].shape[2:], spatial, strict=True)]
     limit = ROUGH
     while True:
         velocities = smoothed_where_rough(velocities, spatial, limit)
         found = integrate(tuple(fields.resize_field(each, finer) for each in velocities), squarings)
         if limit < 1 or _undoes_itself(found, spatial):
-            return found.resized(spatial)
+            return found
         limit *= 0.7
 
 

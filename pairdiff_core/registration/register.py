@@ -72,7 +72,7 @@ def _optimised(labels: torch.Tensor, num_labels: int, profile: Profile, watch: W
     dims = len(spatial)
     zero = fixed.new_zeros((len(fixed), dims, *[1] * dims))
     velocities = refine(fixed, moving, (zero,), settings.baseline, settings, watch)
-    return _on_grid(velocities, settings.squarings, padded, spatial)
+    return _on_grid(velocities, settings.squarings, padded, spatial, fixed.shape[2:])
 
 
 @torch.no_grad()
@@ -86,12 +86,12 @@ def _by_network(
     watch: Watch,
 ) -> Deformation:
     settings = profile.registration
-    velocities = _velocities(labels, num_labels, settings, network, seen)
+    velocities, grid = _velocities(labels, num_labels, settings, network, seen), seen.grid
     if instance and settings.instance:
         maps = _maps(labels, seen.padded, num_labels, coarsening(seen.padded, profile.spatial))
         with torch.enable_grad():
-            velocities = refine_network(*maps, velocities, settings, watch)
-    return _on_grid(velocities, settings.squarings, seen.padded, labels.shape[2:])
+            velocities, grid = refine_network(*maps, velocities, settings, watch), maps[0].shape[2:]
+    return _on_grid(velocities, settings.squarings, seen.padded, labels.shape[2:], grid)
 
 
 def _velocities(
@@ -122,9 +122,9 @@ def used_as_start(pairs: PairSet, profile: Profile, network: RegistrationNetwork
 
 @torch.no_grad()
 def _on_grid(
-    velocities: Sequence[torch.Tensor], squarings: int, padded: Sequence[int], spatial: Sequence[int]
+    velocities: Velocities, squarings: int, padded: Sequence[int], spatial: Sequence[int], registered_on: Sequence[int]
 ) -> Deformation:
-    return integrate_on(tuple(velocities), padded, squarings).cropped(spatial).cpu()
+    return integrate_on(velocities, padded, squarings, registered_on).cropped(spatial).cpu()
 
 
 def _padded(labels: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
