@@ -64,7 +64,7 @@ test-core: $(INSTALLED) ## test the core only
 # with the core as it is; RUNS names another folder.
 test-notebooks: $(INSTALLED) ## run every cell of the notebooks only
 	@runs="$$(mktemp -d)"; trap 'rm -rf "$$runs"' EXIT; built=$(CURDIR)/$(BUILD)/runs; \
-	test -e "$$built/.complete" -a -z "$$(find pairdiff_core -name '*.py' -newer "$$built/.complete" 2>/dev/null)" && use="$$built" || use="$$runs"; \
+	test -e "$$built/.complete" -a -z "$$(find pairdiff_* -name '*.py' -newer "$$built/.complete" 2>/dev/null)" && use="$$built" || use="$$runs"; \
 	PAIRDIFF_RUNS="$${RUNS:-$$use}" $(PYTHON) -m pytest --nbval-lax --nbval-current-env --durations=10 -p no:cacheprovider $(NOTEBOOKS)
 
 # The text is the source; JupyterLab saves both files when you edit there. Committed outputs are always those of the quick profile on phantoms, whatever the caller's settings are.
@@ -89,5 +89,5 @@ format: $(INSTALLED) ## format and check the code
 
 clean: ## remove what was built, but not .venv, runs or data
 	rm -rf $(BUILD) build .pytest_cache .ruff_cache *.egg-info
-	find pairdiff_core tests notebooks book -name __pycache__ -type d -prune -exec rm -rf {} +
+	find pairdiff_* tests notebooks book -name __pycache__ -type d -prune -exec rm -rf {} +
 	find notebooks -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

@@ -1,17 +1,6 @@
-"""``python -m pairdiff_core`` is the command ``pairdiff``."""
+"""``python -m pairdiff_core`` is the command ``pairdiff``, which lives beside the core."""
 
-import sys
-
-
-def main() -> None:
-    """Run the command; Ctrl-C ends it with one line at any time, even while PyTorch is imported."""
-    try:
-        from pairdiff_core.apps import cli
-
-        cli.main()
-    except KeyboardInterrupt:
-        sys.exit("pairdiff: interrupted")
-
+from pairdiff_cli.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -17,8 +17,8 @@ from scipy.ndimage import map_coordinates
 from test_cli import call, fails, works
 from test_volume_files import BOUNDED, boxes, headers, oblique, rotated, wavy, with_header, write
 
-from pairdiff_core.apps.field_files import read_field
-from pairdiff_core.apps.volume_files import read_pair, write_field
+from pairdiff_cli.field_files import read_field
+from pairdiff_cli.volume_files import read_pair, write_field
 from pairdiff_core.data import grid_affine
 from pairdiff_core.errors import DataError
 

@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from small_run import small_run, small_run_3d
 from typer.testing import CliRunner, Result
 
+from pairdiff_cli import cli, cost
+from pairdiff_cli.field_files import read_field
+from pairdiff_cli.one_case import displacement_on
+from pairdiff_cli.volume_files import read_pair, write_field
 from pairdiff_core import registration, vqae
-from pairdiff_core.apps import cli, cost
-from pairdiff_core.apps.field_files import read_field
-from pairdiff_core.apps.one_case import displacement_on
-from pairdiff_core.apps.volume_files import read_pair, write_field
 from pairdiff_core.data import datasets, fetch, grid_affine, oasis
 from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.metrics import inverse_consistency_error, target_registration_error
@@ -147,7 +147,7 @@ def test_help_and_wrong_use_import_nothing_heavy_and_write_nothing(files, tmp_pa
     calls = [["--help"], *([command, "--help"] for command in COMMANDS)]
     calls += [[*command.split(), *options.split()] for command in WRONG_USE for options in WRONG_USE[command]]
     ask = (
-        "import json, sys\nfrom typer.testing import CliRunner\nfrom pairdiff_core.apps import cli\n"
+        "import json, sys\nfrom typer.testing import CliRunner\nfrom pairdiff_cli import cli\n"
         "for call in json.loads(sys.argv[1]):\n"
         "    code = CliRunner().invoke(cli.app, call).exit_code\n"
         f"    print(json.dumps([call, code, sorted({HEAVY!r} & set(sys.modules))]))"

@@ -13,8 +13,8 @@ import SimpleITK as sitk
 import torch
 from small_run import small_run, small_run_3d
 
+from pairdiff_cli.export import export_pairs
 from pairdiff_core import pipeline, vqae
-from pairdiff_core.apps.export import export_pairs
 from pairdiff_core.data import datasets, grid_affine
 from pairdiff_core.errors import CheckpointError, DataError
 

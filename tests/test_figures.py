@@ -20,10 +20,11 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pairdiff_core import figures, metrics
-from pairdiff_core.figures import animations, slices, style, volumes
-from pairdiff_core.figures.style import FIXED, LINES, MASKED, METHODS, MOVING, STRUCTURES
+import pairdiff_figures as figures
+from pairdiff_core import metrics
 from pairdiff_core.pairs import PairSet
+from pairdiff_figures import animations, slices, style, volumes
+from pairdiff_figures.style import FIXED, LINES, MASKED, METHODS, MOVING, STRUCTURES
 
 NAMES = ("Unknown", "Left-Thalamus", "Right-Thalamus", "Brain-Stem", "something else")
 SPATIAL, SPACING = (20, 12, 16), (2.0, 3.0, 1.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_cli import call, fails, json_of, works
 from test_volume_files import BOUNDED, SHAPE, STRAIGHT, boxes, change, write
 
-from pairdiff_core.apps.volume_files import read_pair
+from pairdiff_cli.volume_files import read_pair
 from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.errors import DataError
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import box, call, fails, works, write
 
-from pairdiff_core.apps.outputs import check_outputs
+from pairdiff_cli.outputs import check_outputs
 from pairdiff_core.errors import DataError
 
 

@@ -142,10 +142,13 @@ def imported_names(folder: str) -> dict[str, str]:
     return names
 
 
+PACKAGES = ("pairdiff_core", "pairdiff_cli", "pairdiff_figures")
+
+
 @pytest.mark.parametrize(
     ("folder", "dependencies"),
     [
-        ("pairdiff_core", PROJECT["dependencies"]),
+        *((package, PROJECT["dependencies"]) for package in PACKAGES),
         ("benchmarks", [*PROJECT["dependencies"], *EXTRAS["peers"]]),
         ("tests", [*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["dev"]]),
     ],
@@ -153,7 +156,7 @@ def imported_names(folder: str) -> dict[str, str]:
 def test_imports_are_declared(folder: str, dependencies: list[str]) -> None:
     declared = {canonicalize_name(Requirement(text).name) for text in dependencies}
     modules = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in declared}
-    local = {"pairdiff_core", "benchmarks", "models", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    local = {*PACKAGES, "benchmarks", "models", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     undeclared = {
         name: where
         for name, where in imported_names(folder).items()

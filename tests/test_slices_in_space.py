@@ -15,10 +15,10 @@ from test_apply import csv_file, moved
 from test_cli import call, fails, works
 from test_volume_files import BOUNDED, boxes, rotated, turned, wavy, write
 
-from pairdiff_core.apps.field_files import move_landmarks, read_field, warp_image
-from pairdiff_core.apps.grids import sample
-from pairdiff_core.apps.one_case import displacement_on
-from pairdiff_core.apps.volume_files import read_pair, write_field
+from pairdiff_cli.field_files import move_landmarks, read_field, warp_image
+from pairdiff_cli.grids import sample
+from pairdiff_cli.one_case import displacement_on
+from pairdiff_cli.volume_files import read_pair, write_field
 from pairdiff_core.errors import DataError
 
 CORONAL = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
+from pairdiff_cli.grids import Grid, placed
+from pairdiff_cli.volume_files import VolumePair, read_pair, write_field, write_nifti
 from pairdiff_core import fields
-from pairdiff_core.apps.grids import Grid, placed
-from pairdiff_core.apps.volume_files import VolumePair, read_pair, write_field, write_nifti
 from pairdiff_core.data.image_files import read_label_image
 from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.profiles import get_profile

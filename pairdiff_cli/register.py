@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pairdiff_core.apps.options import Levels, NetworkName, Overwrite, Quiet, Resample, RunOrModel, Steps, refuse
-from pairdiff_core.apps.outputs import check_outputs
+from pairdiff_cli.options import Levels, NetworkName, Overwrite, Quiet, Resample, RunOrModel, Steps, refuse
+from pairdiff_cli.outputs import check_outputs
 
 
 def register(
@@ -39,9 +39,9 @@ def register(
     import monai.networks.layers  # noqa: F401 - here, so that the clock below does not time its import
     import numpy as np
 
-    from pairdiff_core.apps.cost import bars, note_cost
-    from pairdiff_core.apps.registrars import chosen_registrar, note_differences, opened
-    from pairdiff_core.apps.volume_files import read_pair, write_field, write_nifti
+    from pairdiff_cli.cost import bars, note_cost
+    from pairdiff_cli.registrars import chosen_registrar, note_differences, opened
+    from pairdiff_cli.volume_files import read_pair, write_field, write_nifti
     from pairdiff_core.profiles import get_profile, with_levels
 
     own, pair = opened(run), read_pair(fixed, moving, resample)

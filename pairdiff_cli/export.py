@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from pairdiff_cli.volume_files import write_nifti
 from pairdiff_core import __version__
-from pairdiff_core.apps.volume_files import write_nifti
 from pairdiff_core.data import grid_affine, label_names
 from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.pipeline import (

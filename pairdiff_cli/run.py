@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pairdiff_core.apps.lines import progress_lines, show
-from pairdiff_core.apps.options import DataFolder, DatasetName, ProfileName, Quiet, Seed, chosen_profile, refuse
+from pairdiff_cli.lines import progress_lines, show
+from pairdiff_cli.options import DataFolder, DatasetName, ProfileName, Quiet, Seed, chosen_profile, refuse
 from pairdiff_core.profiles import STAGES
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(
     if device is not None:
         os.environ["PAIRDIFF_DEVICE"] = device
     if model is not None:
-        from pairdiff_core.apps.export import make_pairs
+        from pairdiff_cli.export import make_pairs
 
         progress = not quiet and typer.get_text_stream("stderr").isatty()
         typer.echo(f"{make_pairs(model, to, pairs, seed, progress=progress)} pairs are in {to}")

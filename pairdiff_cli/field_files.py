@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pairdiff_core.apps.grids import (
+from pairdiff_cli.grids import (
     LAID_FLAT,
     SAME_GRID,
     Grid,
@@ -19,7 +19,7 @@ from pairdiff_core.apps.grids import (
     same_place,
     sample,
 )
-from pairdiff_core.apps.volume_files import MAX_LABELS, one_volume, write_nifti
+from pairdiff_cli.volume_files import MAX_LABELS, one_volume, write_nifti
 from pairdiff_core.data.image_files import is_whole, near_whole, read_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.storage import write_file
@@ -93,7 +93,7 @@ class Field:
 
 
 def read_field(path: str | Path, form: str | None = None) -> Field:
-    """A displacement field in the forms of :func:`pairdiff_core.apps.volume_files.write_field`, and as ANTs writes it.
+    """A displacement field in the forms of :func:`pairdiff_cli.volume_files.write_field`, and as ANTs writes it.
 
     Args:
         form: "itk" or "l2r"; None: "itk" for vectors along the fifth axis, "l2r" for ones along the fourth.

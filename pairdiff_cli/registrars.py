@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import typer
 
+from pairdiff_cli.volume_files import VolumePair
 from pairdiff_core import pipeline, registration
-from pairdiff_core.apps.volume_files import VolumePair
 from pairdiff_core.data import grid_affine
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline import Run, open_run

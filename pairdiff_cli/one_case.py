@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from pairdiff_core.apps.field_files import Field, read_landmarks
-from pairdiff_core.apps.grids import sample
-from pairdiff_core.apps.volume_files import VolumePair
+from pairdiff_cli.field_files import Field, read_landmarks
+from pairdiff_cli.grids import sample
+from pairdiff_cli.volume_files import VolumePair
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.profiles import Profile

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import typer
 
-from pairdiff_core.apps.options import SUFFIXES
+from pairdiff_cli.options import SUFFIXES
 from pairdiff_core.errors import DataError
 
 ENDINGS = {"--json": (".json",)}  # of other outputs than images

@@ -15,9 +15,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from pairdiff_core.figures import slices, volumes
-from pairdiff_core.figures.style import FIXED, MASKED, MOVING, field_of_view, image_figure, legend_below, warped
 from pairdiff_core.pairs import PairSet
+from pairdiff_figures import slices, volumes
+from pairdiff_figures.style import FIXED, MASKED, MOVING, field_of_view, image_figure, legend_below, warped
 
 FRAMES = 24  # at most, in a player of tokens
 PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB

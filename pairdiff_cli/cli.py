@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from pairdiff_core.apps.apply import apply
-from pairdiff_core.apps.evaluate import evaluate
-from pairdiff_core.apps.register import register
-from pairdiff_core.apps.run import run
+from pairdiff_cli.apply import apply
+from pairdiff_cli.evaluate import evaluate
+from pairdiff_cli.register import register
+from pairdiff_cli.run import run
 from pairdiff_core.errors import PairDiffError
 
 LESS_MEMORY = {  # what to do about it, by command
@@ -60,7 +60,7 @@ def info() -> None:
 
     Example: pairdiff info
     """
-    from pairdiff_core.apps.info import describe
+    from pairdiff_cli.info import describe
 
     for name, text in describe().items():
         typer.echo(f"{name:10} {text}")
@@ -102,7 +102,7 @@ def export(
 
     Example: pairdiff export --run runs/phantom3d-quick-seed0 --to pairs
     """
-    from pairdiff_core.apps.export import export_pairs
+    from pairdiff_cli.export import export_pairs
 
     typer.echo(f"{export_pairs(run, to, progress=typer.get_text_stream('stderr').isatty())} pairs are in {to}")
 

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from pairdiff_core.apps.grids import (
+from pairdiff_cli.grids import (
     LAID_FLAT,
     SAME_GRID,
     Grid,

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pairdiff_core.apps.lines import show
-from pairdiff_core.apps.options import (
+from pairdiff_cli.lines import show
+from pairdiff_cli.options import (
     DataFolder,
     DatasetName,
     Levels,
@@ -24,7 +24,7 @@ from pairdiff_core.apps.options import (
     chosen_profile,
     refuse,
 )
-from pairdiff_core.apps.outputs import check_outputs
+from pairdiff_cli.outputs import check_outputs
 from pairdiff_core.errors import DataError
 from pairdiff_core.profiles import DATASETS, SPLITS, get_profile, with_levels
 
@@ -93,12 +93,12 @@ def evaluate(
 
     from tqdm import tqdm
 
+    from pairdiff_cli.cost import note_cost
+    from pairdiff_cli.field_files import read_field
+    from pairdiff_cli.one_case import as_case, note_outside, score_case
+    from pairdiff_cli.registrars import chosen_registrar, note_differences, opened
+    from pairdiff_cli.volume_files import read_pair
     from pairdiff_core import registration
-    from pairdiff_core.apps.cost import note_cost
-    from pairdiff_core.apps.field_files import read_field
-    from pairdiff_core.apps.one_case import as_case, note_outside, score_case
-    from pairdiff_core.apps.registrars import chosen_registrar, note_differences, opened
-    from pairdiff_core.apps.volume_files import read_pair
     from pairdiff_core.data import load_pairs
     from pairdiff_core.storage import fingerprint, provenance, write_json
     from pairdiff_core.training import best_device

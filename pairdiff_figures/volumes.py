@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from pairdiff_core import fields
-from pairdiff_core.figures import style
-from pairdiff_core.figures.style import FIXED, GREY, LINES, MOVING
 from pairdiff_core.pairs import PairSet
+from pairdiff_figures import style
+from pairdiff_figures.style import FIXED, GREY, LINES, MOVING
 
 CLASSES = np.array([to_rgb(colour) for colour in ("white", FIXED, MOVING, LINES)])  # of what `classes` returns
 TOGETHER_MM = 2.0  # two vessels no farther apart in depth are drawn as one

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pairdiff_core.apps.options import SUFFIXES, Overwrite, Quiet, refuse
-from pairdiff_core.apps.outputs import check_outputs
+from pairdiff_cli.options import SUFFIXES, Overwrite, Quiet, refuse
+from pairdiff_cli.outputs import check_outputs
 
 
 def apply(
@@ -46,7 +46,7 @@ def apply(
     inputs = {"FIELD": field, "MOVING": moving, "--onto": onto}
     check_outputs({"--out": out}, inputs, overwrite, (".csv",) if landmarks else SUFFIXES)
 
-    from pairdiff_core.apps.field_files import move_landmarks, read_field, warp_image
+    from pairdiff_cli.field_files import move_landmarks, read_field, warp_image
 
     given = read_field(field, form)
     if landmarks:

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pairdiff_core.figures.style import GREEN, GREY, LINES, METHODS, closed_figure, legend_below, structure_of
+from pairdiff_figures.style import GREEN, GREY, LINES, METHODS, closed_figure, legend_below, structure_of
 
 
 def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:

@@ -13,9 +13,9 @@ from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 
 from pairdiff_core import fields
-from pairdiff_core.figures import style
-from pairdiff_core.figures.style import FIXED, GREY, MASKED, MOVING
 from pairdiff_core.pairs import PairSet
+from pairdiff_figures import style
+from pairdiff_figures.style import FIXED, GREY, MASKED, MOVING
 
 
 def _sides(image: np.ndarray, pairs: PairSet) -> str:
