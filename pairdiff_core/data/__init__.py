@@ -5,4 +5,4 @@ slices from a folder in the neurite-oasis layout. ``phantom3d`` are drawn lungs,
 ``lung250m`` are real lung vessels from a folder in the layouts of Lung250M-4B.
 """
 
-from .datasets import DATASETS, SPLITS, default_dataset, grid_affine, label_names, load_pairs
+from .datasets import DATASETS, SPLITS, data_files, default_dataset, grid_affine, label_names, load_pairs

@@ -15,11 +15,10 @@ from pairdiff_core.data.phantom_brains import SPATIAL, brain_pairs
 from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Profile
+from pairdiff_core.profiles import DATASETS, SPLITS, Profile
 
-DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name: spatial axes
 LABEL_TABLES = {2: BRAIN_LABELS, 3: {len(LABELS): LABELS}}  # by spatial axes and number of labels
-SPLITS = ("train", "validation", "test")
+FOLDERS = {"oasis2d": oasis.find_oasis, "lung250m": lung250m.find_lung250m}  # of the real data
 FIRST_VALIDATION_PHANTOM = 5_000  # phantom subjects are numbered; training ones never get this far
 
 
@@ -37,7 +36,7 @@ def default_dataset(spatial_dims: int = 2) -> str:
     if mistyped or (real == "oasis2d" and os.environ.get("PAIRDIFF_OASIS2D")):
         return real
     try:
-        (oasis.find_oasis if real == "oasis2d" else lung250m.find_lung250m)()
+        FOLDERS[real]()
     except DataError:
         return phantom
     return real
@@ -97,6 +96,17 @@ def load_pairs(
     if dataset == "phantom3d":
         return lung_pairs(min(subjects, profile.max_pairs), first_subject=first, **size)
     return brain_pairs(profile.max_pairs, subjects=subjects, first_subject=first, **size)
+
+
+def data_files(dataset: str, data: str | Path | None = None) -> list[Path]:
+    """The files of a real data set, sorted; none of a phantom.
+
+    Raises:
+        DataError: if they are not there.
+    """
+    if dataset not in FOLDERS:
+        return []
+    return sorted(path for path in FOLDERS[dataset](data).resolve().rglob("*") if path.is_file())
 
 
 def label_names(dataset: str, num_labels: int) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pairdiff_core import absorbing, metrics, vqae
+from pairdiff_core.data import data_files
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
@@ -158,7 +159,7 @@ def read_measured(run: Run) -> dict[str, Any] | None:
 def _state(run: Run) -> str:
     """SHA-256 of all that the results of a run depend on, and of the results; of the data, names, sizes and times."""
     digest = hashlib.sha256(json.dumps([run.dataset, to_json(run.profile), run.seed, code_hash()]).encode())
-    for path in run.data_files():
+    for path in data_files(run.dataset, run.data):
         status = path.stat()
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     for path in sorted([*run.path.glob("*.safetensors"), *run.path.glob(METRICS)]):

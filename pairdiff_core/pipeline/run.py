@@ -64,15 +64,6 @@ class Run:
         """Pairs of subjects that no training pair shows."""
         return data_sets.load_pairs(self.dataset, "validation", self.profile, data=self.data, seed=self.seed)
 
-    def data_files(self) -> list[Path]:
-        """The files of the real data, sorted; none for a phantom.
-
-        Raises:
-            DataError: if they are not there.
-        """
-        find = {"oasis2d": data_sets.oasis.find_oasis, "lung250m": data_sets.lung250m.find_lung250m}.get(self.dataset)
-        return sorted(path for path in find(self.data).resolve().rglob("*") if path.is_file()) if find else []
-
     def seed_of(self, stage: str) -> int:
         """A seed for one stage, the same whether the stages before it were trained or loaded."""
         return seed_of(self.seed, stage)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,18 +30,11 @@ LINE_MINUTES = 10.0  # where no bar is shown, a line is logged this often, and a
 log = logging.getLogger(__name__)
 
 
-class TrainingSettings(Protocol):
-    """What :func:`fit` asks of the settings of a stage; ``average``, the decay of a moving average, is optional."""
-
-    steps: int
-    learning_rate: float  # the peak
-
-
 def fit(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], dict[str, torch.Tensor]],
     batches: Callable[[int], Any],
-    settings: TrainingSettings,
+    settings: Any,
     *,
     seed: int = 0,
     fabric: Fabric | None = None,
@@ -56,8 +49,8 @@ def fit(
     Args:
         loss: from (model, batch) to named scalars; the one called "loss" is minimised, all are logged.
         batches: from the number of a step, 0 to ``steps - 1``, to its batch, a tensor or a tuple of tensors.
-        settings: steps and learning rate; with an ``average``, the exponential moving average of the weights replaces
-            them at the end.
+        settings: of a stage: its ``steps`` and ``learning_rate``, the peak; with an ``average``, a decay, the moving
+            average of the weights replaces them at the end.
         seed: of random numbers that the model itself draws.
         fabric: device, precision and processes; by default the best device there is, in 32 bit.
         progress: where the state is saved and taken up again; by default nothing is saved.
