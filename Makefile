@@ -13,6 +13,10 @@ SITE := $(BUILD)/html/index.html
 CHAPTERS := $(sort $(wildcard notebooks/[0-9]*.md))
 NOTEBOOKS := $(CHAPTERS:.md=.ipynb)
 TESTS ?= tests
+# Exact versions; empty takes the newest that pyproject.toml admits, as a weekly check does.
+CONSTRAINTS ?= constraints.txt
+# More options for JupyterLab.
+LAB ?=
 # What `make results` measures, oasis2d or lung250m, and the file whose numbers the chapters show.
 DATASET ?= oasis2d
 RESULTS ?= book/results/$(if $(filter lung250m,$(DATASET)),lung250m,brain2d).json
@@ -42,10 +46,10 @@ setup: $(INSTALLED) ## install everything, pinned, into .venv (the other command
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo 'No Python found. Install Python 3.11, then run make again.' >&2; exit 1; }
 	@"$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "The pinned versions are for Python 3.11, and $(BASE_PYTHON) is $$("$(BASE_PYTHON)" --version). Install Python 3.11 or name one: make BASE_PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo 'Installing into $(VENV): this takes some minutes, once.'
+	@echo 'Installing into $(VENV), once: some minutes, and on Linux about 3 GB to download. README.md says how to save 2 GB.'
 	test -x $(PYTHON) || "$(BASE_PYTHON)" -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --quiet -c constraints.txt -e '.[book,dev]'
-	@touch $@
+	$(PYTHON) -m pip install --quiet --quiet $(CONSTRAINTS:%=-c %) -e '.[book,dev]'
+	$(if $(CONSTRAINTS),@touch $@)
 
 book: $(INSTALLED) ## run the chapters and build the static site
 	@rm -rf $(BUILD)/runs && mkdir -p $(BUILD)/runs
@@ -81,7 +85,7 @@ bench: $(INSTALLED) ## time the published procedure and this one side by side (u
 	$(PYTHON) -m benchmarks
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
-	$(VENV)/bin/jupyter lab --notebook-dir=. notebooks
+	$(VENV)/bin/jupyter lab --notebook-dir=. $(LAB) notebooks
 
 format: $(INSTALLED) ## format and check the code
 	$(VENV)/bin/ruff format .

@@ -2,7 +2,7 @@
 
 - Launch buttons, "edit this page" and repository links appear only when `repository.url` in `_config.yml`
   is set.
-- Every page is read and run again when `pairdiff_core`, the profile or the data folder changed, which Sphinx
+- Every page is read and run again when the packages, the profile or the data folder changed, which Sphinx
   alone would not notice: it compares pages only.
 - The directives `run-times` and `machine`: how long each chapter took, and on what, as the build found it.
 - Each chapter offers its executed notebook for download.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -32,9 +33,9 @@ REPOSITORY_BUTTONS = ("use_repository_button", "use_edit_page_button", "use_issu
 
 
 def fingerprint(root: Path) -> str:
-    """Return a hash that changes with the core's code, the pinned versions, or the settings."""
+    """Return a hash that changes with the code of the packages, the pinned versions, or the settings."""
     digest = hashlib.sha256()
-    for path in (*sorted((root / "pairdiff_core").rglob("*.py")), root / "constraints.txt"):
+    for path in (*sorted(root.glob("pairdiff_*/**/*.py")), root / "constraints.txt"):
         if path.is_file():
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     for name in SETTINGS:
@@ -169,6 +170,20 @@ def offer_notebook(app: Sphinx, pagename: str, template: str, context: dict, doc
     context["ipynb_source"] = f"{pagename}.ipynb"
 
 
+def escape_shapes(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+    """Keep the stars of shapes such as (N, *spatial), and bars such as |u|, from being markup in docstrings."""
+    for index, line in enumerate(lines):
+        parts = re.split(r"(``.*?``)", line)
+        parts[::2] = [re.sub(r"(?<!\*)\*(?=[A-Za-z])|\|", r"\\\g<0>", part) for part in parts[::2]]
+        lines[index] = "".join(parts)
+
+
+def leave_out_imported(app: Sphinx, what: str, name: str, of: Any, skip: bool, options: Any) -> bool | None:
+    """Show a member where it is defined, or in the folder that hands it on; None decides nothing."""
+    module = getattr(of, "__module__", None) or ""
+    return True if what == "module" and not module.startswith(app.env.temp_data["autodoc:module"]) else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx."""
     app.add_config_value("pairdiff_fingerprint", "", "env")
@@ -178,6 +193,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-resolved", fill_in_run_times)
     # The theme draws icons by replacing their elements, which breaks the Play widget: nest them instead.
     app.add_js_file(None, body="if (window.FontAwesome) { FontAwesome.config.autoReplaceSvg = 'nest'; }")
+    app.connect("autodoc-process-docstring", escape_shapes, priority=400)  # before napoleon (500)
+    app.connect("autodoc-skip-member", leave_out_imported)
     app.connect("config-inited", set_up_config, priority=400)
     app.connect("env-get-outdated", machine_pages)
     app.connect("html-page-context", offer_notebook, priority=400)  # before the theme draws its buttons (500)
