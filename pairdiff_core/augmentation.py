@@ -72,8 +72,8 @@ def augment(
 ) -> torch.Tensor:
     """Pairs of label maps uint8 (N, 2, *spatial), warped by random affine jitter and a random smooth flow.
 
-    One affine and one flow are common to both images of a pair, which keeps their relation. A second, smaller flow of
-    its own moves each image. With a ``motion``, one of the two images also goes along a part of it: the moving image
+    One affine and one flow are common to both images of a pair, which keeps their relation. A second flow of its
+    own moves each image. With a ``motion``, one of the two images also goes along a part of it: the moving image
     forwards or the fixed one backwards, so that the two are farther from each other.
 
     Args:

@@ -80,6 +80,13 @@ def test_chapters_use_plain_tqdm_nowhere() -> None:
         assert not re.search(r"^(from tqdm import|import tqdm\b)", chapter.read_text(), re.MULTILINE), chapter.name
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_code_of_chapters_fits_a_page(chapter: Path) -> None:
+    code = [cell.source for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+    wide = [line for source in code for line in source.splitlines() if len(line) > 88]
+    assert not wide
+
+
 # Pages that need no network.
 
 LOADED = {

@@ -143,7 +143,7 @@ REFUSED = {
     "empty": ("is empty", lambda path: write(path, np.zeros(SHAPE, np.uint8))),
     "nan": ("NaN or infinite", lambda path: write(path, spoilt(np.nan))),
     "infinite": ("NaN or infinite", lambda path: write(path, spoilt(-np.inf))),
-    "fraction": ("no whole numbers", lambda path: write(path, spoilt(0.5))),
+    "fraction": ("not whole numbers", lambda path: write(path, spoilt(0.5))),
     "intensities": ("intensity images", lambda path: write(path, np.arange(8640.0).reshape(SHAPE))),
     "flat affine": ("without an inverse", lambda path: change(path, {280: bytes(16)})),
     "truncated": ("truncated or damaged", lambda path: path.write_bytes(path.read_bytes()[:-60])),

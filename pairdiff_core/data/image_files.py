@@ -84,7 +84,7 @@ def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
             "more than 53 bits of them. Save it again as integers without a scale factor."
         )
     if broken.any():
-        example = f"{path} holds values that are no whole numbers, such as {values[broken][0]:.9g}"
+        example = f"{path} holds values that are not whole numbers, such as {values[broken][0]:.9g}"
         if scaled:
             raise DataError(
                 f"{example}: its header multiplies what is stored by the scale factor {step:.6g}. Save it again as "
