@@ -138,7 +138,7 @@ def fill_in_run_times(app: Sphinx, doctree: nodes.document, docname: str) -> Non
         total = 0.0
         for name in sorted(ran):
             seconds = (ran[name].get("exec_data") or {}).get("runtime")
-            if seconds is None:
+            if seconds is None or not name.startswith("notebooks/"):
                 continue
             number = ".".join(map(str, env.toc_secnumbers.get(name, {}).get("", ())))
             title = f"{number}. {env.titles[name].astext()}".removeprefix(". ")
