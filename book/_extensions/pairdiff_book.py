@@ -170,6 +170,14 @@ def offer_notebook(app: Sphinx, pagename: str, template: str, context: dict, doc
     context["ipynb_source"] = f"{pagename}.ipynb"
 
 
+def leave_out_unused_widgets(
+    app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Let a page load the widget library only if it shows a widget."""
+    if "vnd.jupyter.widget-view+json" not in context.get("body", ""):
+        NbMetadataCollector.get_doc_data(app.env).get(pagename, {}).pop("js_files", None)
+
+
 def escape_shapes(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
     """Keep the stars of shapes such as (N, *spatial), and bars such as |u|, from being markup in docstrings."""
     for index, line in enumerate(lines):
@@ -197,5 +205,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-skip-member", leave_out_imported)
     app.connect("config-inited", set_up_config, priority=400)
     app.connect("env-get-outdated", machine_pages)
+    app.connect("html-page-context", leave_out_unused_widgets, priority=400)  # before myst_nb adds its files (500)
     app.connect("html-page-context", offer_notebook, priority=400)  # before the theme draws its buttons (500)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,8 @@ def fit(
     loader = batch_loader(batches, state["step"], settings.steps, fabric.device)
     bar = tqdm(  # not of the loader: tqdm.auto would start an iterator, and its worker, of its own
         desc=description, initial=state["step"], total=settings.steps, leave=False, mininterval=1.0,
-        disable=True if distributed.rank() else None,  # None: shown in a terminal or a notebook only
+        # None: shown in a terminal or a notebook only. Set outright, it hides tqdm's own variable.
+        disable=True if distributed.rank() or os.environ.get("TQDM_DISABLE") else None,
     )  # fmt: skip
     last_line = time.monotonic()
     with bar, torch.random.fork_rng(), _right_gradients(model):
