@@ -5,25 +5,45 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HTML = Path(__file__).parents[1] / "book" / "_build" / "html"
 PAGES = sorted(path.relative_to(HTML).as_posix() for path in HTML.glob("[bn]*/*.html"))  # book/ and notebooks/
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WIDTHS = {"desk": 1440, "phone": 390}
-SERIOUS = ("serious", "critical")
+DESK, PHONE = 1440, 390  # widths of the window
 # What axe finds in the theme itself, and not in what this book adds to it.
 OF_THE_THEME = {"color-contrast", "scrollable-region-focusable", "label", "landmark-unique", "link-in-text-block"}
 
 pytestmark = [pytest.mark.skipif(not PAGES, reason="no built book here: `make book`")]
-if not CHROMIUM and not os.environ.get("CI_NEEDS_CHROMIUM"):
+if not CHROMIUM and not os.environ.get("PAIRDIFF_NEEDS_CHROMIUM"):  # .ci/run sets it
     pytestmark.append(pytest.mark.skip(reason="no Chromium here: install it, such as Debian's package chromium"))
 
 
+@dataclass
+class Opened:
+    """A page, its errors, and what it asked other hosts for."""
+
+    address: str
+    page: Any
+    errors: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda each: self.foreign.append(each.url) if each.url.startswith("http") else None)
+        path, *query = self.address.split("?")
+        self.page.goto("?".join([(HTML / path).as_uri(), *query]))
+        self.page.wait_for_load_state("load")
+        self.page.wait_for_timeout(300)  # for scripts that start late
+
+
 @pytest.fixture(scope="module")
-def browser() -> Iterator:
+def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -34,77 +54,67 @@ def browser() -> Iterator:
         browser.close()
 
 
+@pytest.fixture(scope="module", params=PAGES)
+def opened(request: pytest.FixtureRequest, browser: Any) -> Iterator[Opened]:
+    """Each page in turn, opened once for all tests of it."""
+    page = browser.new_page(viewport={"width": DESK, "height": 900})
+    yield Opened(request.param, page)
+    page.close()
+
+
+def test_a_page_opens_without_errors_and_from_this_host_alone(opened: Opened) -> None:
+    assert not opened.errors
+    assert not opened.foreign
+    assert all(opened.page.evaluate("Array.from(document.images, image => image.complete && image.naturalWidth > 0)"))
+
+
+def test_axe_finds_nothing_serious_that_this_book_adds(opened: Opened) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = [
+        each for each in Axe().run(opened.page).response["violations"] if each["impact"] in ("serious", "critical")
+    ]
+    ours = {each["id"]: [node["html"][:120] for node in each["nodes"][:3]] for each in found}
+    assert not {name: nodes for name, nodes in ours.items() if name not in OF_THE_THEME}
+
+
+def test_solutions_unfold(opened: Opened) -> None:
+    folded = opened.page.locator("article details:not([open]) > summary")
+    if opened.address.startswith("notebooks/"):
+        assert folded.count()
+    for summary in folded.all()[:1]:
+        details = summary.locator("..").element_handle()
+        summary.click()
+        assert details.get_attribute("open") is not None
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_a_page_fits_the_window(opened: Opened, width: int) -> None:
+    opened.page.set_viewport_size({"width": width, "height": 900})
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 @pytest.fixture
-def opened(browser):
-    """From an address below HTML and a width: the page, its errors, and what it asked other hosts for."""
-    pages = []
-
-    def open_page(address: str, width: int = WIDTHS["desk"]):
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        pages.append(page)
-        errors, foreign = [], []
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda asked: foreign.append(asked.url) if asked.url.startswith("http") else None)
-        page.goto((HTML / address.partition("?")[0]).as_uri() + "".join(address.partition("?")[1:]))
-        page.wait_for_load_state("load")
-        return page, errors, foreign
-
-    yield open_page
-    for page in pages:
-        page.close()
+def open_page(browser: Any) -> Iterator[Any]:
+    """Opens a page by its address."""
+    page = browser.new_page(viewport={"width": DESK, "height": 900})
+    yield lambda address: Opened(address, page).page
+    page.close()
 
 
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("address", PAGES)
-def test_a_page_opens_without_errors_from_this_host_and_fits_the_window(opened, address, width):
-    page, errors, foreign = opened(address, width)
-    page.wait_for_timeout(300)  # for scripts that start late
-    assert not errors
-    assert not foreign
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert all(page.evaluate("Array.from(document.images, image => image.complete && image.naturalWidth > 0)"))
-
-
-@pytest.mark.parametrize("address", [page for page in PAGES if page.startswith("notebooks/")])
-def test_solutions_unfold(opened, address):
-    page, *_ = opened(address)
-    folded = page.locator("details:not([open]) > summary")
-    assert folded.count()
-    summary = folded.first
-    details = summary.locator("..")
-    summary.click()
-    assert details.get_attribute("open") is not None
-
-
-def test_an_animation_plays_and_a_slider_moves_its_image(opened):
-    page, *_ = opened("notebooks/05_registration.html")
-    player = page.locator("div.animation").first
+def test_an_animation_follows_its_slider(open_page: Any) -> None:
+    player = open_page("notebooks/05_registration.html").locator("div.animation").first
     player.scroll_into_view_if_needed()
     before = player.locator("img").get_attribute("src")
     slider = player.locator("input[type=range]")
     slider.evaluate("slider => { slider.value = slider.max; slider.dispatchEvent(new Event('input')); }")
     slider.evaluate("slider => { slider.dispatchEvent(new Event('change')); }")
-    page.wait_for_timeout(300)
+    player.page.wait_for_timeout(300)
     assert player.locator("img").get_attribute("src") != before
 
 
-def test_search_finds_pages_by_their_words(opened):
-    page, *_ = opened("search.html?q=codebook")
+def test_search_finds_pages_by_their_words(open_page: Any) -> None:
+    page = open_page("search.html?q=codebook")
     page.wait_for_selector("#search-results li a", timeout=15000)
     links = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
     assert any("03_vqae" in link for link in links)
-
-
-@pytest.mark.parametrize("address", PAGES)
-def test_axe_finds_nothing_serious_that_this_book_adds(opened, address):
-    from axe_playwright_python.sync_playwright import Axe
-
-    page, *_ = opened(address)
-    found = Axe().run(page).response["violations"]
-    ours = {
-        each["id"]: [node["html"][:120] for node in each["nodes"][:3]]
-        for each in found
-        if each["impact"] in SERIOUS and each["id"] not in OF_THE_THEME
-    }
-    assert not ours
