@@ -1,1 +1,1 @@
-"""The published procedure beside ours. ``make bench`` prints the table."""
+"""Benchmarks of the published procedure and ours. ``make bench`` prints the table."""

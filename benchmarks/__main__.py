@@ -26,16 +26,16 @@ def main() -> None:
     known = ", ".join((*PARTS, *MEASURED))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {known}; default: all")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it works; numbers mean nothing")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to check that it runs; numbers mean nothing")
     parser.add_argument("--json", type=Path, default=RESULTS / "bench.json", help="file to write")
     chosen = parser.parse_args()
     if unknown := set(chosen.parts) - {*PARTS, *MEASURED}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {known}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: the parts are {known}")
     started, rows, sizes = time.perf_counter(), [], SMALL if chosen.small else Sizes()
     line("what", "unit", "ours", "published", "ratio", "target", "reached")
     for name in chosen.parts or (*PARTS, *MEASURED):
         if name in MEASURED and (missing := missing_results(name)):
-            print(f"{name}: left out, as {', '.join(map(str, missing))} was not measured yet")
+            print(f"{name}: left out, because {', '.join(map(str, missing))} does not exist; see CONTRIBUTING.md")
             continue
         for row in PARTS[name](sizes) if name in PARTS else MEASURED[name]():
             rows.append(row)

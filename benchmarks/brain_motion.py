@@ -3,8 +3,8 @@
     python -m benchmarks.brain_motion --data DIR --runs DIR --json book/results/brain_motion.json
 
 The model's displacements are those that the optimiser finds in training pairs. Two networks with the settings of
-`laptop` are trained on the same pairs, from the same weights: one under random warps, one under weaker ones with a
-displacement of the model on top. About 25 minutes a seed on one core; repeated, the command goes on where it stopped.
+`laptop` are trained on the same pairs, from the same weights: one with random warps, one with weaker warps plus a
+displacement of the model. A seed takes about 25 minutes on one core. An interrupted command can be repeated.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pairdiff_core.registration import evaluate, register, summarise
 from pairdiff_core.storage import fingerprint, provenance, write_json
 from pairdiff_core.training import best_device
 
-NODE = 4  # voxels of the images to one of the grid that the model lives on
+NODE = 4  # voxels of the images per voxel of the model's grid
 COMPONENTS = 16
-EVERY = 10  # of the training pairs is registered
+EVERY = 10  # every tenth training pair is registered
 
 
 class RandomMotion:
@@ -43,7 +43,7 @@ class RandomMotion:
 
 
 def measure(data: Path | None, runs: Path, seed: int) -> tuple[list[dict[str, Any]], Run]:
-    """A row for each network of one seed, and the run that they belong to."""
+    """Train and score both networks of one seed; returns a row for each, and their run."""
     profile = get_profile("laptop", 2)
     warps = profile.vqae.augmentation
     profile = replace(
@@ -69,7 +69,7 @@ def measure(data: Path | None, runs: Path, seed: int) -> tuple[list[dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.brain_motion", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of the real data; default: PAIRDIFF_OASIS2D, PAIRDIFF_DATA")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders, one a seed")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders, one per seed")
     parser.add_argument("--json", type=Path, default=Path("book/results/brain_motion.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     chosen = parser.parse_args()

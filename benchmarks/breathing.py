@@ -1,8 +1,8 @@
-"""How far people breathe, and how well a model of the others' motions explains a patient whom it has not seen.
+"""How far lungs move in breathing, and how well a model of other people's motions explains an unseen patient.
 
     python -m benchmarks.breathing --data DIR --json book/results/breathing.json
 
-A minute on one core. Distances are those of the correspondences, which were computed from the CTs.
+This takes a minute on one core. Distances are between correspondences, which were computed from the CTs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def mean_distance(points: torch.Tensor) -> float:
 
 
 def left_out_residuals(points: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
-    """Mean distance in mm between a patient's correspondences (K, 2, 3) and what the others explain of them.
+    """Mean residual in mm of a patient's correspondences (K, 2, 3) after models made of the others' motions.
 
-    ``aligned``: the best shift and scale along each axis; ``mean``: the mean of the others' motions, float (M, 3,
-    *NODES); then that mean and the best sum of a number of principal components. All are fitted to the points that
-    they are judged on, so the residuals are the least that can be reached.
+    ``none``: no model; ``aligned``: best shift and scale along each axis; ``mean``: the mean of the others' motions,
+    float (M, 3, *NODES); a number: that mean plus the best sum of as many principal components. All are fitted to the
+    points on which they are evaluated, so the residuals are lower bounds.
     """
     low, high = box_of(points[:, 0])
-    mm = (high - low) / (STANDARD_BOX[1] - STANDARD_BOX[0])  # of the patient, in one of the standard box
+    mm = (high - low) / (STANDARD_BOX[1] - STANDARD_BOX[0])  # of the patient, per mm of the standard box
     model, standard = motion_model(others, max(COMPONENTS)), in_standard_box(points)
     where, moved = fields.resize_points(standard[:, 0], FRAME, NODES), standard[:, 1] - standard[:, 0]
     left = {"none": moved}
@@ -55,7 +55,7 @@ def left_out_residuals(points: torch.Tensor, others: torch.Tensor) -> dict[str, 
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Sizes by case, and residuals of each left-out patient, in mm; of a folder of Lung250M-4B."""
+    """Mean distance of each case and residuals of each left-out patient, in mm, from a folder of Lung250M-4B."""
     motions: Motions = read_motions(folder)
     points = {case: read_correspondences(folder / CORRESPONDENCES / f"{case}.csv") for case in motions.cases}
     held_out = load_pairs("lung250m", "validation", get_profile("laptop", 3), data=folder)

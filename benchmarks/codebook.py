@@ -1,8 +1,8 @@
-"""The published kind of codebook and ours in the same autoencoder, trained for as many steps on the same batches.
+"""Compare the published codebook with ours in the same autoencoder, trained with the same steps and batches.
 
     python -m benchmarks.codebook runs/lungs --data DIR --json book/results/codebook.json
 
-``runs/lungs`` is a finished run. The other autoencoder is trained in its folder ``plain`` and goes on where it stopped.
+``runs/lungs`` is a finished run. The other autoencoder is trained in its folder ``plain``, and goes on if interrupted.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from pairdiff_core.training import Samples, best_device, fit, new_fabric
 
 
 class PlainCodebook(published.VectorQuantiser):
-    """The published codebook in the place of ``vqae.Codebook``; its loss is weighted as the commitment is, by 0.1."""
+    """The published codebook in place of ``vqae.Codebook``; its loss has the weight of the commitment loss, 0.1."""
 
     def forward(self, latent: torch.Tensor) -> vqae.Quantised:
-        """As that of ``vqae.Codebook``."""
+        """As in ``vqae.Codebook``."""
         return vqae.Quantised(*super().forward(latent))
 
 
 def plain_vqae(profile: Profile) -> vqae.PairedVQAE:
-    """The untrained autoencoder of a profile, but for its codebook."""
+    """The untrained autoencoder of a profile, with the published codebook."""
     model = pipeline.new_vqae(profile)
     model.codebook = PlainCodebook(profile.vqae.codes, profile.vqae.channels[-1])
     return model
 
 
 def train_plain(run: Run) -> Trained:
-    """That autoencoder, trained as ``pipeline.train_vqae`` trains ours, or loaded if that was done before."""
+    """Train that autoencoder as ``pipeline.train_vqae`` trains ours, or load it if it was trained before."""
     settings, labels, seed = run.profile.vqae, run.train.labels, run.seed_of("vqae")
     other = replace(run, folder=run.path / "plain")
     path = other.path / "vqae.safetensors"
@@ -65,7 +65,7 @@ def train_plain(run: Run) -> Trained:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Dice of both kinds on the validation pairs, and the share of their codes that the training pairs' tokens use."""
+    """Measure Dice on the validation pairs and the codes that tokens of training pairs use, for both codebooks."""
     measured: dict[str, Any] = {}
     for name, stage in {"ours": pipeline.train_vqae(run), "published": train_plain(run)}.items():
         use, unseen = (pipeline.describe_vqae(run, stage, pairs) for pairs in (run.train, run.validation))

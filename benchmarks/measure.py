@@ -1,4 +1,4 @@
-"""Time and memory of two ways to do the same, side by side."""
+"""Measure time and memory of two ways to do the same work."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ Work = Callable[[], Any]
 class Row(NamedTuple):
     """One row of the table.
 
-    ``ratio`` is how many times less ours is than the published, or how many times more where more is better. The target
-    is for the ratio, or, if ``absolute``, for ours.
+    ``ratio`` is published / ours, or the inverse if more is better. ``target`` is for it or, if ``absolute``, for ours.
     """
 
     name: str
@@ -47,13 +46,13 @@ class Row(NamedTuple):
 
 
 def synchronise() -> None:
-    """Wait until a GPU that is in use has done all that it was given."""
+    """Wait until the GPU, if one is in use, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def seconds_in_turn(*works: Work, repeats: int = 3) -> tuple[float, ...]:
-    """Median seconds of each, run in turn after one untimed run of all: other load then slows all alike."""
+    """Median seconds of each, run in turn after one untimed run of all, so that other load slows all alike."""
     spent: tuple[list[float], ...] = tuple([] for _ in works)
     for repeat in range(repeats + 1):
         for times, work in zip(spent, works, strict=True):
@@ -67,10 +66,10 @@ def seconds_in_turn(*works: Work, repeats: int = 3) -> tuple[float, ...]:
 
 
 def peak_gib(prepare: Callable[..., Work], *arguments: Any) -> float:
-    """Memory in GiB that ``prepare(*arguments)()`` needs at most, above what there is when all is prepared.
+    """Peak memory of ``prepare(*arguments)()`` in GiB, above what is in use after the preparation.
 
-    Unless a GPU is in use, it runs in a new process, whose largest size the operating system knows; ``prepare`` and
-    its arguments must be such that they can be pickled.
+    Unless a GPU is in use, it runs in a new process, whose peak memory the operating system reports; ``prepare`` and
+    its arguments must be picklable.
 
     Raises:
         EOFError: if the work fails in that process.
@@ -94,13 +93,13 @@ def peak_gib(prepare: Callable[..., Work], *arguments: Any) -> float:
 def _send_peak(sender: Any, threads: int, prepare: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
     work = prepare(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _largest_bytes()
     work()
     sender.send((_largest_bytes() - before) / 2**30)
 
 
 def _largest_bytes() -> int:
-    """The largest size that this process has had in memory, as Linux reports it."""
+    """The peak memory of this process, as Linux reports it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

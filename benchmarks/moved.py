@@ -1,6 +1,6 @@
-"""Training pairs that breathe deeper, with landmarks: what choices are made on, so that validation pairs stay unseen.
+"""Training pairs with deeper breathing and landmarks, to choose settings without looking at validation pairs.
 
-The moving image of each pair with correspondences goes along the motion of another patient; its landmarks go with it.
+In each pair with correspondences, the motion of another patient moves the moving image and its landmarks further.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pairdiff_core import fields
 from pairdiff_core.data.breathing import Motions, box_of_vessels, laid
 from pairdiff_core.pairs import PairSet
 
-COARSER = 4  # voxels of the images to one of the grid that motions are laid on
+COARSER = 4  # voxels of the images per voxel of the grid of the motions
 
 
 def moved_pairs(pairs: PairSet, motions: Motions, chosen: Sequence[int]) -> PairSet:
-    """Each pair that has landmarks, once for each of the chosen motions: names are ``fixed~moving+case``."""
+    """Make a pair from each pair with landmarks and each chosen motion; names are ``fixed~moving+case``."""
     labels, landmarks, names = [], [], []
     coarse = [size // COARSER for size in pairs.spatial]
     for index, points in enumerate(pairs.landmarks or ()):

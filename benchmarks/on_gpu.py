@@ -1,10 +1,10 @@
-"""Does every part run on a graphics card, what does it cost there, and does CUDA give what the CPU gives?
+"""Check that every part runs on a GPU and agrees with the CPU, and measure its time and memory.
 
     python -m benchmarks.on_gpu
 
-Untrained networks and a phantom pair of lungs: no data are needed. Costs are those at a profile in 3D. What the device
-and the CPU make of the same input is compared at a small size, in 32 bit without TF32. A part that fails is reported,
-and the others go on. Without a graphics card all of it runs on the CPU, which then agrees with itself.
+It uses untrained networks and a phantom pair of lungs, so no data are needed. Time and memory are those of a 3D
+profile. The results of GPU and CPU are compared at a small size, in 32 bit without TF32. If a part fails, this is
+reported and the others are still checked. Without a GPU everything runs on the CPU, and the comparison means nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def training_step(profile: Profile, stage: str, loss: Callable[..., Any], batch:
 
 
 def costs(profile: Profile) -> dict[str, Callable[[], float]]:
-    """What is timed: by name, a function that returns the seconds."""
+    """The timed parts: by name, a function that returns the seconds."""
     device, codes, sampler = best_device(), profile.vqae.codes, profile.synthesis
     pair = lung_pairs(1, spatial=profile.spatial)
     patches = pair.labels[(..., *map(slice, profile.vqae.patches.size))].repeat(profile.vqae.batch, 1, 1, 1, 1)
@@ -92,7 +92,7 @@ def costs(profile: Profile) -> dict[str, Callable[[], float]]:
 
 
 def results(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is compared: by name, a function that computes it on a device, from the same weights and input."""
+    """The compared results: by name, a function that computes one on a device, from the same weights and input."""
     profile = get_profile("quick", 3)
     profile = replace(profile, denoiser=replace(profile.denoiser, layers=2))  # quick itself has no attention
     codes, labels = profile.vqae.codes, pair_of_labels((64, 32, 32)).to(device)
@@ -101,7 +101,7 @@ def results(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     def new(stage: str) -> nn.Module:
         model = NEW_MODEL[stage](profile)
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and not tensor.any():  # zeros would hide what comes before them
+            if tensor.is_floating_point() and not tensor.any():  # zeros would hide errors in the layers before
                 nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
         return model.to(device).eval()
 
@@ -114,10 +114,10 @@ def results(device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
         return registration.integrate(found, 5).displacement
 
     def sampled() -> torch.Tensor:
-        logits = 100.0 * torch.rand(2, 200, codes).argsort(2).to(device)  # leaves nothing to chance, which differs
+        logits = 100.0 * torch.rand(2, 200, codes).argsort(2).to(device)  # makes draws certain: random numbers differ
         return absorbing.sample(lambda tokens: logits, 2, 200, codes, generator(0, device=device), steps=8)
 
-    few = labels[..., -16:, -16:, -16:]  # of many tokens one may lie between two codes, where rounding decides
+    few = labels[..., -16:, -16:, -16:]  # among many tokens, rounding may decide between two codes
     functions = (
         lambda: new("vqae")(few).logits,
         lambda: new("denoiser")(torch.randint(codes + 1, (1, 3328)).to(device)),
@@ -140,7 +140,7 @@ def compare(name: str) -> dict[str, Any]:
 
 
 def cost(part: Callable[[], float]) -> dict[str, Any]:
-    """Seconds, and on a graphics card the most memory that was in use, in GiB."""
+    """Seconds and, on a GPU, the peak memory in GiB."""
     cuda = best_device().type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -148,7 +148,7 @@ def cost(part: Callable[[], float]) -> dict[str, Any]:
 
 
 def measure(profile: Profile) -> Iterator[dict[str, Any]]:
-    """A row of each cost and of each comparison; a part that fails has an ``error`` instead of numbers."""
+    """Yield a row for each timed part and each comparison; if it fails, it has an ``error`` instead of numbers."""
     parts = {name: partial(cost, part) for name, part in costs(profile).items()}
     for name, part in (parts | {name: partial(compare, name) for name in TOLERANCE}).items():
         torch.backends.cudnn.allow_tf32 = name not in TOLERANCE

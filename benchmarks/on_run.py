@@ -1,4 +1,4 @@
-"""The command line of what is measured on a finished run."""
+"""The command line of benchmarks that measure a finished run."""
 
 from __future__ import annotations
 

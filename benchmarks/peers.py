@@ -1,12 +1,12 @@
-"""Other people's registration on the same pairs: ANTs (SyN) and SimpleITK (Demons, B-splines).
+"""Other registration programs on the same pairs: ANTs (SyN) and SimpleITK (Demons, B-splines).
 
     pip install -e '.[peers]'
     python -m benchmarks.peers --data DIR --json book/results/peers.json
     python -m benchmarks.peers --data DIR --choose
 
-Each method sees the vessel masks at 2 mm, blurred. It registers both ways, as its inverse does not undo its answer by
-construction; its seconds are those of one way. ``--choose`` compares settings on training pairs that breathe deeper
-(:mod:`benchmarks.moved`); the best of each method are those that run without it.
+Each method sees the vessel masks at 2 mm, blurred. It registers in both directions, because it gives no consistent
+inverse by construction; its seconds are those of one direction. ``--choose`` compares settings on training pairs with
+deeper breathing (:mod:`benchmarks.moved`); without it, the best settings of each method run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHOSEN_MOTIONS = (40,)  # of the 79, for `--choose`
 
 
 def itk_image(values: np.ndarray) -> sitk.Image:
-    """An image whose axes are those of the array: SimpleITK counts them the other way round."""
+    """An image with the axes of the array, which SimpleITK has in reverse order."""
     return sitk.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)).astype(np.float32))
 
 
@@ -49,7 +49,7 @@ def array_of(field: sitk.Image) -> np.ndarray:
 
 
 def demons(steps: tuple[int, ...] = (60, 40, 20), sigma: float = 1.5) -> Peer:
-    """Diffeomorphic Demons (Vercauteren et al., 2009) on a pyramid, each level from where the one before ended."""
+    """Diffeomorphic Demons (Vercauteren et al., 2009) on a pyramid: each level continues the one before."""
 
     def register(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
         images, found = (itk_image(fixed), itk_image(moving)), None
@@ -111,7 +111,7 @@ def syn(metric: str = "meansquares", steps: tuple[int, ...] = (80, 60, 40), flow
     return register
 
 
-# Name, method, blur of the masks (standard deviation, voxels), settings. The first of a name is the reported one.
+# Name, method, blur of the masks (standard deviation, voxels), settings. The first of each name is reported.
 TRIED: list[tuple[str, Callable[..., Peer], float, dict[str, Any]]] = [
     ("SimpleITK, Demons", demons, 1.0, {"steps": (200, 100, 40), "sigma": 1.5}),
     ("SimpleITK, Demons", demons, 1.0, {"steps": (60, 40, 20), "sigma": 1.5}),
@@ -123,7 +123,7 @@ TRIED: list[tuple[str, Callable[..., Peer], float, dict[str, Any]]] = [
 
 
 def run_peer(pairs: PairSet, peer: Peer, blur: float, both: bool = True) -> dict[str, Any]:
-    """A row of the table of methods, by a method on blurred masks, registered ``both`` ways or forth only."""
+    """A row of the table of methods: one on blurred masks, in ``both`` directions or from fixed to moving only."""
     cases = []
     for index in range(len(pairs)):
         pair = pairs[index]

@@ -1,7 +1,7 @@
-"""The published procedure at its full size, written from its description: the other side of the benchmarks.
+"""The published procedure at its full size, written from its description, for comparison with ours.
 
 Source: Heinrich, "Unleashing Registration: Diffusion Models for Paired Synthetic 3D Data Generation", 2024. It is
-short and plain, so that it is also the version to read first; nothing in it was made fast.
+short and plain, which makes it the version to read first; it was not optimised for speed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class VectorQuantiser(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Two channels, fixed and moving, to tokens sixteen times coarser, and back to two softmaxes of two labels."""
+    """Two channels, fixed and moving, to tokens sixteen times coarser, and back to two softmaxes over two labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Autoencoder(nn.Module):
         self.image = DiceCELoss(to_onehot_y=True, softmax=True, weight=torch.tensor([1.0, 2.5]), batch=True)
 
     def loss(self, labels: torch.Tensor) -> torch.Tensor:
-        """Of pairs of binary label maps (N, 2, *spatial)."""
+        """The training loss of pairs of binary label maps (N, 2, *spatial)."""
         latent, _, codebook = self.codebook(self.network.encode(labels.float()))
         logits = self.network.decode(latent).unflatten(1, (2, 2)).flatten(0, 1)  # (N, 4, *s) -> (2N, 2, *s)
         return self.image(logits, labels.flatten(0, 1)[:, None]) + 0.1 * codebook
@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
         self.head = nn.Linear(width, codes, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (N, L, K) of tokens (N, L), of which some are masked, that is K."""
+        """Logits (N, L, K) of tokens (N, L), where K stands for a masked one."""
         return self.head(self.blocks(self.token(tokens) + self.position))
 
 
@@ -107,7 +107,7 @@ def exponentiate(velocity: torch.Tensor, squarings: int = 12) -> torch.Tensor:
 
 
 class Registration(nn.Module):
-    """Two U-Nets, one after the other; each one's answers for (A, B) and for (B, A) are subtracted and smoothed."""
+    """Two U-Nets, one after the other; the outputs of each for (A, B) and (B, A) are subtracted and smoothed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Registration(nn.Module):
 
 
 def registration_loss(network: Registration, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-    """L1 both ways, plus 0.5 times the squared gradient in voxels."""
+    """L1 in both directions, plus 0.5 times the squared gradient in voxels."""
     there, back = network(fixed, moving)
     image = F.l1_loss(warp(moving, there), fixed) + F.l1_loss(warp(fixed, back), moving)
     sizes = torch.tensor(fixed.shape[:1:-1], device=fixed.device).reshape(3, 1, 1, 1)  # x first
@@ -141,7 +141,7 @@ def registration_loss(network: Registration, fixed: torch.Tensor, moving: torch.
 def optimise_instance(
     network: Registration, fixed: torch.Tensor, moving: torch.Tensor, steps: int = 50
 ) -> torch.Tensor:
-    """Train the networks further on this very pair; returns the displacement (1, 3, *s) that they then give."""
+    """Train the networks further on one pair, and return the displacement (1, 3, *s) that they then predict."""
     adam = torch.optim.Adam(network.parameters(), 1e-3)
     for _ in range(steps):
         adam.zero_grad()

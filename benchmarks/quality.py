@@ -1,9 +1,9 @@
-"""Do fewer sampling steps make worse pairs? The published number of them and ours, with the same networks.
+"""Are pairs worse after fewer sampling steps? Compares the published number of steps with ours, same networks.
 
     python -m benchmarks.quality runs/lungs --data DIR --json book/results/sampling.json
 
 ``runs/lungs`` is a finished run. On a CPU, 256 steps for each pair take most of an hour, and the training of the second
-denoiser, which judges both sets of pairs, takes longer. Both are kept in the folder and go on where they stopped.
+denoiser, which judges both sets of pairs, takes longer. Both are kept in the folder; an interrupted command goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pairdiff_core.training import best_device
 
 
 def judge(run: Run, second: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Tokens (N, *grid) and the pairs (N, 2, *spatial) that they stand for, beside the real training pairs.
+    """Compare tokens (N, *grid) and their decoded pairs (N, 2, *spatial) with the real training pairs.
 
     Returns:
         ``bits per token under a second model``, precision, recall, density and coverage of the images, and what the
@@ -47,12 +47,12 @@ def judge(run: Run, second: torch.nn.Module, tokens: torch.Tensor, labels: torch
 
 
 def mean_and_error(name: str, values: torch.Tensor) -> dict[str, float]:
-    """Over the pairs (N,), with the standard error of the mean."""
+    """The mean of values (N,), one per pair, and its standard error."""
     return {name: float(values.mean()), f"{name}: standard error": float(values.std() / len(values) ** 0.5)}
 
 
 def measure(run: Run, number: int = 64, steps: int = 256) -> dict[str, Any]:
-    """What :func:`judge` says of ``number`` pairs by each sampler, and how they were made.
+    """Apply :func:`judge` to ``number`` pairs of each sampler, and record how they were made.
 
     Args:
         steps: of the published sampler.

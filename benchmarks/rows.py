@@ -1,6 +1,6 @@
-"""The rows of the table, a function for each part of the method.
+"""The rows of the table: a function for each part of the method.
 
-``Sizes`` are those of the published procedure, or tiny ones, with which the tests see that all of this works.
+``Sizes`` are those of the published procedure, or tiny ones for the tests.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.profiles import RegistrationSettings, get_profile, with_levels
 from pairdiff_core.training import best_device, new_fabric
 
-BRIEF = {"levels": 2, "steps": 20}  # of the optimiser, where time counts more than tenths of a millimetre
+BRIEF = {"levels": 2, "steps": 20}  # of the optimiser, if time matters more than tenths of a millimetre
 RESULTS = Path(__file__).parent.parent / "book" / "results"
 PAPER, LAPTOP = get_profile("paper", 3), get_profile("laptop", 3)
 
 
 class Sizes(NamedTuple):
-    """How large everything is."""
+    """Sizes of inputs and networks."""
 
     patch: int = 64  # voxels a side, for the autoencoder
     tokens: tuple[int, ...] = published.TOKENS  # of a whole pair
@@ -52,7 +52,7 @@ def _lungs() -> torch.Tensor:
 
 
 def pair_of_labels(spatial: tuple[int, ...]) -> torch.Tensor:
-    """The middle of a phantom pair at half resolution, uint8 (1, 2, *spatial), on the device that computes."""
+    """The middle of a phantom pair at half resolution, uint8 (1, 2, *spatial), on the best device."""
     middle = [
         slice((size - wanted) // 2, (size + wanted) // 2) for size, wanted in zip(published.HALF, spatial, strict=True)
     ]
@@ -65,11 +65,11 @@ def pair_of_maps(sizes: Sizes) -> list[torch.Tensor]:
 
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], learning_rate: float) -> Callable[[], float]:
-    """One step of Adam; it returns the loss before it."""
+    """A function that takes one step of Adam and returns the loss before it."""
     adam = torch.optim.Adam(model.parameters(), learning_rate)
 
     def step() -> float:
-        torch.manual_seed(0)  # what our codebook draws
+        torch.manual_seed(0)  # for the random numbers of our codebook
         value = loss()
         adam.zero_grad()
         value.backward()
@@ -109,7 +109,7 @@ def autoencoder(sizes: Sizes) -> Iterator[Row]:
 
 
 def decoding(ours: bool, grid: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    """Decoding of a whole pair, in tiles if it is ours."""
+    """A function that decodes a whole pair, in tiles if it is ours."""
     torch.manual_seed(0)
     model = on_device(pipeline.new_vqae(PAPER)).eval()
     model.codebook.vectors.normal_()
@@ -170,7 +170,7 @@ def denoiser(sizes: Sizes) -> Iterator[Row]:
 
 
 def sampling_step(ours: bool, sizes: Sizes) -> Callable[[], torch.Tensor]:
-    """The first step of a sampler, which costs as much as each of the others."""
+    """The first step of a sampler; the others take as long."""
     model, device, length = new_denoiser(ours, sizes), best_device(), math.prod(sizes.tokens)
     if not ours:
         return partial(published.sample, model, length, published.CODES, 1, device=device)
@@ -219,7 +219,7 @@ def registration_training(sizes: Sizes) -> Iterator[Row]:
 
 
 def instance_optimisation(sizes: Sizes, **fewer: int) -> Callable[[], registration.Velocities]:
-    """Of one pair without a network, by the profile ``laptop``, or with fewer ``levels`` and ``steps``."""
+    """Optimisation of one pair without a network, as in the profile ``laptop`` or with fewer levels and steps."""
     fixed, moving = pair_of_maps(sizes)
     settings, zero = with_levels(LAPTOP, **fewer).registration, fixed.new_zeros(1, 3, 1, 1, 1)
     return partial(registration.refine, fixed, moving, (zero,), settings.baseline, settings)
@@ -241,7 +241,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def accuracy() -> Iterator[Row]:
-    """Of the measured run on real lungs, validation pairs, beside the best published number."""
+    """Accuracy of the measured run on real lungs (validation pairs), beside the best published number."""
     rows = read("published")["validation"]["rows"]
     best = min(row["instance"] for row in rows)
     methods = {row["method"]: row for row in read("lung250m")["registration"]}
@@ -262,7 +262,7 @@ def accuracy() -> Iterator[Row]:
 
 
 def sampling_quality() -> Iterator[Row]:
-    """Of ``python -m benchmarks.quality``: ours may be 2 % worse."""
+    """Results of ``python -m benchmarks.quality``; ours may be 2 % worse."""
     found = read("sampling")
     ours, theirs = found["ours"], found["published"]
     for name in ("precision", "recall", "coverage"):
@@ -277,7 +277,7 @@ def sampling_quality() -> Iterator[Row]:
 
 
 def codebook() -> Iterator[Row]:
-    """Of ``python -m benchmarks.codebook``."""
+    """Results of ``python -m benchmarks.codebook``."""
     found = read("codebook")
     ours, theirs = found["ours"], found["published"]
     used = 100 * ours["codes_used"], 100 * theirs["codes_used"]
@@ -285,7 +285,7 @@ def codebook() -> Iterator[Row]:
     yield Row("codebook: Dice on unseen pairs", "", ours["dice"], theirs["dice"], 1.0, more_is_better=True)
 
 
-# the files that these read
+# the result files that each part reads
 FILES = {"accuracy": ("published", "lung250m", "brief"), "quality": ("sampling",), "codebook": ("codebook",)}
 
 

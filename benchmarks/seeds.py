@@ -1,9 +1,9 @@
-"""How much does the best network of lungs depend on its seed?
+"""How much does the best lung network depend on its seed?
 
     python -m benchmarks.seeds --data DIR --runs DIR --json book/results/seeds.json --seeds 0 1 2
 
-For each seed, the network for real pairs that move as others breathe is trained at `laptop` (an hour on one core) and
-measured on the validation pairs, alone and followed by the optimiser. Repeated, the command goes on where it stopped.
+For each seed, the network is trained at `laptop` on real pairs moved by other people's breaths (an hour on one core).
+It is measured on the validation pairs, alone and followed by the optimiser. An interrupted command can be repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEPT = ("tre_mm", "dice", "hd95_mm", "folding_percent", "inverse_consistency_err
 
 
 def measure(run: Run) -> list[dict[str, Any]]:
-    """A row for the network of one seed, and one for the optimiser after it."""
+    """Train and score the network of one seed: a row for the network, and one for the optimiser after it."""
     motions = load_motions(run.dataset, run.data, run.seed)
     network = train_registration(run, run.train, NAME.replace(", ", "-"), warped=True, motions=motions)
     rows = []
@@ -39,7 +39,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of the real data; default: PAIRDIFF_DATA")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders, one a seed")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders, one per seed")
     parser.add_argument("--json", type=Path, default=Path("book/results/seeds.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     chosen = parser.parse_args()

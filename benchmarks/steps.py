@@ -1,8 +1,8 @@
-"""What each change gains by itself: from the published procedure to ours, one after the other.
+"""What each change from the published procedure to ours gains, one after the other.
 
     python -m benchmarks.steps
 
-The same sizes as ``python -m benchmarks``; each number is the median of its repeats, the variants of a part in turn.
+Sizes are those of ``python -m benchmarks``. The variants of a part run in turn; each number is a median of repeats.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pairdiff_core.profiles import Level, UNetSettings
 from pairdiff_core.storage import provenance, write_json
 from pairdiff_core.training import best_device, fast_in_bfloat16, new_fabric
 
-# What was changed, and how to prepare the work: calling that gives a function without arguments that does it.
+# From the description of a change to a function that prepares the work and returns it as a function.
 Variants = dict[str, Callable[[], Callable[[], Any]]]
 
 
 def registration_variants(sizes: Sizes) -> Variants:
-    """One training step; it returns the loss before it."""
+    """One training step, which returns the loss before it."""
     unets = 2 * (UNetSettings(2, (8, 16, 32, 64, 64, 64)),)
     settings = replace(LAPTOP.registration, unets=unets, correlation=None, control=2, squarings=12, scales=1)
     variants: Variants = {"published": partial(rows.published_registration_step, sizes)}
@@ -75,7 +75,7 @@ def instance_variants(sizes: Sizes, steps: int = 10) -> Variants:
 
 
 def vqae_variants(sizes: Sizes) -> Variants:
-    """One training step of the published autoencoder; it returns the loss before it."""
+    """One training step of the published autoencoder, which returns the loss before it."""
     variants: Variants = {
         "published": partial(rows.vqae_step, False, sizes),
         "channels last": partial(rows.vqae_step, False, sizes, channels_last=True),
@@ -106,7 +106,7 @@ def denoiser_with(
             return predict()
 
     if compiled:
-        work()  # is compiled now
+        work()  # this compiles it
     return work
 
 
@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[Sizes], Variants]] = {
 
 
 def measure(part: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """All variants of a part, in their order: ``part``, ``change``, ``seconds`` and ``gib``."""
+    """Measure all variants of a part, in order: ``part``, ``change``, ``seconds`` and ``gib``."""
     variants = PARTS[part](sizes)
     seconds = seconds_in_turn(*(prepare() for prepare in variants.values()), repeats=sizes.repeats)
     for (change, prepare), spent in zip(variants.items(), seconds, strict=True):
@@ -142,7 +142,7 @@ def measure(part: str, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--json", type=Path, default=RESULTS / "bench_steps.json", help="file to write")
     chosen = parser.parse_args()
     started, changes = time.perf_counter(), []

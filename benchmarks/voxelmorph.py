@@ -1,10 +1,10 @@
-"""MONAI's VoxelMorph on the pairs, the loss and the time that our network of lungs is trained with.
+"""Train MONAI's VoxelMorph with the pairs, the loss and the training time of our lung network.
 
     python -m benchmarks.voxelmorph --data DIR --run FOLDER --json book/results/voxelmorph.json
 
-Only the network differs: it sees the pairs at 4 mm, moved by other people's breaths, and is trained in the seconds that
-ours took. It registers both ways at once, as ours does, but its two answers do not undo each other by construction.
-Repeated, an interrupted training goes on.
+Only the network differs: it sees the pairs at 4 mm, moved by other people's breaths, and is trained for as long as
+ours. Like ours, it registers in both directions at once, but it is not inverse consistent by construction. An
+interrupted training goes on if the command is repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WARM, TIMED = 1, 4  # steps of each network that are timed
 
 
 class VoxelMorphBothWays(nn.Module):
-    """VoxelMorph (Balakrishnan et al., 2019) as in MONAI, asked for (A, B) and for (B, A)."""
+    """VoxelMorph (Balakrishnan et al., 2019) as in MONAI, applied to (A, B) and to (B, A)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class VoxelMorphBothWays(nn.Module):
         self.network = VoxelMorph(unet, integration_steps=7, half_res=True, spatial_dims=3)
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> Deformation:
-        """Register maps (N, 1, *spatial); the deformation lives on the pooled grid, in its voxels."""
+        """Register maps (N, 1, *spatial); the deformation is on the pooled grid, in its voxels."""
         images = pool(torch.cat([fixed, moving]), SCALE)
         grid = images.shape[2:]
         images = F.pad(images, [side for size in reversed(grid) for side in (0, -size % 2**LEVELS)])
@@ -56,7 +56,7 @@ class VoxelMorphBothWays(nn.Module):
 
 
 def seconds_a_step(model: nn.Module, loss: Callable[..., Any], batches: WarpedPairs) -> float:
-    """Of training, by a few steps; the model is changed."""
+    """Measure the seconds per training step on a few steps, which change the model."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for step in range(WARM + TIMED):
         if step == WARM:

@@ -1,9 +1,9 @@
-"""Publishing a pretrained model: the networks of one measured run in half precision, small enough for the project.
+"""Publish a pretrained model: store the networks of one measured run in half precision.
 
     python -m models.publish RUN_FOLDER models/oasis2d-laptop
 
-The folder gets three checkpoints and ``config.json``, ``measured.json`` with what these very files reach, and the model
-card ``README.md``. With ``PAIRDIFF_MODELS`` naming ``models``, what is there is not trained again.
+The folder gets three checkpoints and ``config.json``, ``measured.json`` with the results of these files, and the model
+card ``README.md``. If ``PAIRDIFF_MODELS`` names ``models``, these networks are loaded instead of trained.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def halve(run_folder: str | Path, folder: str | Path) -> None:
 
 
 def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any]:
-    """What the files in a folder reach, as numbers for ``measured.json``.
+    """Measure the networks in a folder; returns the content of ``measured.json``.
 
     Args:
         data: folder of the real data; None looks where the environment variables say.
 
     Returns:
-        ``network``: which is measured; ``validation``: ``vqae_dice``, ``bits_per_token``, and of each of ``ROWS`` the
-        ``COLUMNS`` that there are; ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
+        ``network``: the registration network; ``validation``: ``vqae_dice``, ``bits_per_token``, and the available
+        ``COLUMNS`` of each of ``ROWS``; ``phantom``: see :func:`measure_on_phantoms`; ``provenance``.
     """
     run = open_run(folder, data)
     names = ("vqae", "denoiser", default_network(folder))
@@ -82,7 +82,7 @@ def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any
 
 
 def measure_on_phantoms(folder: str | Path) -> dict[str, float]:
-    """Dice on a few phantom pairs, which anybody can repeat: of the autoencoder, and before and after the network."""
+    """Dice on a few phantom pairs, which needs no data: of the autoencoder, and before and after the network."""
     profile = open_run(folder).profile
     dataset, number = PHANTOMS[profile.spatial_dims]
     run = Run(dataset, replace(profile, max_pairs=number, phantom_subjects=3))
@@ -102,7 +102,7 @@ def _registration(run: Run, network: Trained, rows: Sequence[str]) -> dict[str, 
 
 
 def write_card(folder: str | Path, measured: dict[str, Any]) -> None:
-    """Write the model card ``README.md`` of a folder; all its numbers are those of ``measured``."""
+    """Write the model card ``README.md`` of a folder, with the numbers of ``measured``."""
     made_by, reached = measured["provenance"], measured["validation"]
     columns = [key for key in COLUMNS if f"{key}_network" in reached]
     table = [["", *(COLUMNS[key] for key in columns)], ["---"] * (len(columns) + 1)]

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command; Ctrl-C ends it with one line at any time, even while PyTorch is imported."""
+    """Run the command; Ctrl-C ends it with a one-line message at any time, even while PyTorch is being imported."""
     try:
         from pairdiff_cli import cli
 

@@ -1,4 +1,4 @@
-"""``pairdiff apply``: a displacement field on an image, on labels, or on landmarks."""
+"""``pairdiff apply``: apply a displacement field to an image, to labels, or to landmarks."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pairdiff_cli.outputs import check_outputs
 
 
 def apply(
-    field: Annotated[Path, typer.Argument(help="Displacement field, fixed to moving, such as register writes.")],
-    moving: Annotated[Path, typer.Argument(help="Image or labels to warp; or landmarks to move (CSV: x, y, z).")],
+    field: Annotated[Path, typer.Argument(help="Displacement field from fixed to moving, as written by register.")],
+    moving: Annotated[Path, typer.Argument(help="Image or labels to warp, or landmarks to move (CSV: x, y, z).")],
     out: Annotated[Path, typer.Option(help="File to write, .nii.gz or .nii; .csv for landmarks.")],
     interpolation: Annotated[
         Literal["linear", "nearest"] | None, typer.Option(help="Default: nearest for labels and integers, else linear.")
     ] = None,
-    onto: Annotated[Path | None, typer.Option(help="Image whose grid the result gets; default: the field's.")] = None,
-    voxels: Annotated[bool, typer.Option("--voxels", help="Landmarks are voxels of the field's grid, not mm.")] = False,
+    onto: Annotated[Path | None, typer.Option(help="Image whose grid the result has. Default: the field's.")] = None,
+    voxels: Annotated[bool, typer.Option("--voxels", help="Landmarks are in voxels of the field, not mm.")] = False,
     form: Annotated[
-        Literal["itk", "l2r"] | None, typer.Option("--format", help="Of the field; default: by its shape.")
+        Literal["itk", "l2r"] | None, typer.Option("--format", help="Of the field. Default: from its shape.")
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Apply a displacement field to an image, to labels, or to landmarks.
 
-    Images and labels go from moving to fixed: the result at x of the fixed grid is moving(x + u(x)), and 0 where that
-    lies outside the moving image. Landmarks go the other way, from fixed to moving: a landmark p of the fixed image
-    becomes p + u(p), the same place in the moving image; outside the field, it stays where it is. They are in mm, where
-    SimpleITK sees the image (RAS), or, with --voxels, in voxels of the field's grid.
+    Images and labels are warped from moving to fixed: the result at voxel x of the fixed grid is moving(x + u(x)), or 0
+    if that point is outside the moving image. Landmarks move the other way, from fixed to moving: a landmark p of the
+    fixed image becomes p + u(p), the same location in the moving image. Landmarks outside the field are not moved. All
+    are in mm (RAS, as SimpleITK reads the image) or, with --voxels, in voxels of the field's grid.
 
     \b
     Example:

@@ -1,7 +1,7 @@
-"""The command ``pairdiff``: its commands, their options, and how they fail.
+"""The command ``pairdiff``: its subcommands, their options, and how they report errors.
 
-Exit codes: 0 good; 1 failed, with one line on stderr that says what is wrong, where, and what to do; 2 wrong use.
-What a command does is imported when it is called, so that help and wrong use answer at once.
+Exit codes: 0 is success. 1 is a failure; one line on stderr says what is wrong, where, and what to do. 2 is wrong use.
+A subcommand imports its code when it is called, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pairdiff_cli.register import register
 from pairdiff_cli.run import run
 from pairdiff_core.errors import PairDiffError
 
-LESS_MEMORY = {  # what to do about it, by command
-    "run": "Choose a smaller profile (--profile quick), or lower the stage's batch in pairdiff_core/profiles.py.",
-    "register": "Give coarser or cropped volumes, or fewer labels.",
-    "evaluate": "Choose a smaller profile (--profile quick), or for --pair coarser or cropped volumes.",
-    "apply": "Give a coarser or cropped grid, for images by --onto.",
+LESS_MEMORY = {  # advice for each command when memory runs out
+    "run": "Choose a smaller profile (--profile quick), or reduce the stage's batch in pairdiff_core/profiles.py.",
+    "register": "Use coarser or cropped volumes, or fewer labels.",
+    "evaluate": "Choose a smaller profile (--profile quick) or, with --pair, coarser or cropped volumes.",
+    "apply": "Use a coarser or cropped grid; for images, choose it with --onto.",
 }
 
 
 class Commands(TyperGroup):
-    """Commands that report an expected error in one line and end with 1, whichever of them it happens in."""
+    """A command group that reports expected errors of all its commands in one line and exits with 1."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
@@ -36,15 +36,15 @@ class Commands(TyperGroup):
             message = str(error)
         except KeyboardInterrupt:
             message = "interrupted"
-        except (MemoryError, RuntimeError) as error:  # torch has a class for a full GPU, but none for a full machine
+        except (MemoryError, RuntimeError) as error:  # torch has a class for a full GPU, but not for full RAM
             full_gpu = type(error).__name__ == "OutOfMemoryError"
             if not isinstance(error, MemoryError) and not full_gpu and "allocate memory" not in str(error):
                 raise
-            advice = LESS_MEMORY.get(ctx.invoked_subcommand or "", "End other programs, or take a larger machine.")
+            advice = LESS_MEMORY.get(ctx.invoked_subcommand or "", "Close other programs, or use a larger machine.")
             message = f"memory ran out. {advice}"
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            message = f"{where}{error.strerror or error}. Look whether it is there, readable and not full."
+            message = f"{where}{error.strerror or error}. Check the path, its permissions and free disk space."
         typer.echo(f"pairdiff: {' '.join(message.split())}", err=True)
         raise typer.Exit(1)
 
@@ -69,12 +69,12 @@ def info() -> None:
 @app.command()
 def fetch(
     dataset: Annotated[Literal["oasis2d", "lung250m"], typer.Argument(help="Which data set.")],
-    to: Annotated[Path, typer.Option(help="Folder to put it in; set PAIRDIFF_DATA to it.")] = Path("data"),
+    to: Annotated[Path, typer.Option(help="Folder to save it in; set PAIRDIFF_DATA to it.")] = Path("data"),
     motions: Annotated[
-        bool, typer.Option("--motions/--no-motions", help="With lung250m: how 74 more patients breathe, 22 MB.")
+        bool, typer.Option("--motions/--no-motions", help="With lung250m: motions of 74 more patients, 22 MB.")
     ] = True,
 ) -> None:
-    """Download a data set, checked by its hashes; an interrupted download goes on where it stopped.
+    """Download a data set and check its hashes. After an interruption, finished files are not downloaded again.
 
     Example: pairdiff fetch lung250m --to data
     """
@@ -84,21 +84,21 @@ def fetch(
     if dataset == "lung250m":
         options["motions"] = motions
     elif not motions:
-        raise typer.BadParameter(f"{dataset} has none to leave out", param_hint="--no-motions")
+        raise typer.BadParameter(f"{dataset} has no motions to leave out", param_hint="--no-motions")
     folder = getattr(downloads, f"fetch_{dataset}")(to, **options)
     typer.echo(f"{dataset} is in {folder}; to use it: export PAIRDIFF_DATA={to.absolute()}")
 
 
-for command in (run, register, apply, evaluate):  # each in a file of its own
+for command in (run, register, apply, evaluate):  # each has its own file
     app.command()(command)
 
 
 @app.command()
 def export(
     run: Annotated[str, typer.Option(help="Run folder with synthetic pairs.")],
-    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    to: Annotated[Path, typer.Option(help="Folder to create.")],
 ) -> None:
-    """Write the synthetic pairs of a run as NIfTI with a dataset description in Learn2Reg form.
+    """Write the synthetic pairs of a run as NIfTI files, with a dataset description as in Learn2Reg.
 
     Example: pairdiff export --run runs/phantom3d-quick-seed0 --to pairs
     """

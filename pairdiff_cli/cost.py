@@ -1,4 +1,4 @@
-"""An estimate of what a registration takes, printed before long work, and progress bars."""
+"""An estimate of a registration's time and memory, printed before long work, and progress bars."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ LONG, MUCH = 60, 1 / 4  # seconds, and share of the machine's memory, above whic
 
 
 class Cost(NamedTuple):
-    """Of registering pairs on a processor, about."""
+    """The approximate cost of registering pairs on a CPU."""
 
     seconds: float
     bytes: float
 
 
 def expected_cost(pairs: PairSet, profile: Profile, instance: bool = False, threads: int = 1) -> Cost:
-    """What the optimisation and its files take, from the voxels and labels that it compares.
+    """Estimate the cost of optimisation and file access from the numbers of voxels and labels.
 
     The constants were measured on one core of an AMD EPYC with AVX-512, on 3 to 33 labels and volumes of 64 x 52 x 64
     to 256 x 208 x 256 voxels.
 
     Args:
-        instance: whether the levels are those after a network.
-        threads: that compute.
+        instance: whether the levels are those of instance optimisation, after a network.
+        threads: number of CPU threads.
     """
     settings, dims, labels = profile.registration, pairs.spatial_dims, pairs.num_labels - 1
     voxels = math.prod(pairs.spatial)
     compared = voxels / coarsening(pairs.spatial, profile.spatial) ** dims
     levels = settings.instance if instance else settings.baseline
-    steps = sum(level.steps / level.scale**dims for level in levels)  # at full size, as it were
+    steps = sum(level.steps / level.scale**dims for level in levels)  # equivalent steps at full size
     seconds = compared * (steps * (5e-7 + 1e-7 * labels) + 3e-7 * labels) / threads**0.8 + 1e-6 * voxels
     return Cost(len(pairs) * seconds, compared * (100 + 80 * labels) + 100 * voxels)
 
 
 def note_cost(pairs: PairSet, profile: Profile, instance: bool = False) -> None:
-    """Say on stderr what a registration will take, if it is long or needs much of the memory; of a GPU, nothing."""
+    """Print an estimate to stderr if a registration on a CPU will take long or need much memory."""
     if best_device().type != "cpu":
         return
     cost = expected_cost(pairs, profile, instance, torch.get_num_threads())
@@ -63,7 +63,7 @@ def note_cost(pairs: PairSet, profile: Profile, instance: bool = False) -> None:
 
 
 def bars() -> Watch:
-    """A bar for the steps of each level of optimisation, where stderr is a terminal."""
+    """A progress bar for the steps of each level of optimisation, if stderr is a terminal."""
     number = itertools.count(1)
 
     def watch(steps: range) -> Iterable[int]:

@@ -1,4 +1,4 @@
-"""``pairdiff evaluate``: a registration method on held-out pairs, case by case, or on one pair of files."""
+"""``pairdiff evaluate``: measure a registration method on held-out pairs, case by case, or on one pair of files."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Method = Literal["before", "baseline", "network", "network+instance"]
 
 
 def evaluate(
-    dataset: Annotated[DatasetName | None, typer.Option(help="Whose pairs; or give --pair.")] = None,
+    dataset: Annotated[DatasetName | None, typer.Option(help="Data set to measure on; or give --pair.")] = None,
     split: Annotated[
-        Literal[SPLITS[1:]] | None, typer.Option(help="Default: validation. test: official cases of lung250m.")
+        Literal[SPLITS[1:]] | None, typer.Option(help="Default: validation. test: official test cases of lung250m.")
     ] = None,
     cases: Annotated[str | None, typer.Option(help="Only these cases of lung250m, such as 008,054.")] = None,
     data: DataFolder = None,
@@ -45,26 +45,26 @@ def evaluate(
     ] = None,
     landmarks: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Of the pair: CSV files with x,y,z in mm (RAS), fixed and moving, in one order."),
+        typer.Option(help="With --pair: CSV files with x,y,z in mm (RAS), fixed and moving, in the same order."),
     ] = None,
     field: Annotated[
-        Path | None, typer.Option(help="For the pair: score this displacement field, of register or others.")
+        Path | None, typer.Option(help="With --pair: evaluate this displacement field, of register or others.")
     ] = None,
     resample: Resample = False,
     run: RunOrModel = None,
     method: Annotated[
-        Method | None, typer.Option(help="Default: network+instance with --run, else baseline; for --pair, before.")
+        Method | None, typer.Option(help="Default: network+instance with --run, else baseline, or before with --pair.")
     ] = None,
     network: NetworkName = None,
     levels: Levels = None,
     steps: Steps = None,
     profile: Annotated[ProfileName | None, typer.Option(help="Default: the run's, PAIRDIFF_PROFILE or laptop.")] = None,
     seed: Seed = None,
-    json: Annotated[Path | None, typer.Option(help="File to write cases and summary to.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the results of all cases and their summary.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure registration: landmark error, Dice, regularity, time; on held-out pairs of a data set, or on one pair.
+    """Measure landmark error, Dice, regularity and time of registration, on held-out pairs or on one pair of files.
 
     \b
     Example:
@@ -74,20 +74,20 @@ def evaluate(
     if (dataset is None) == (pair is None):
         raise typer.BadParameter("give either --dataset or --pair", param_hint="--dataset")
     if pair is None:
-        refuse("goes with --pair", landmarks=landmarks, field=field, resample=resample)
+        refuse("needs --pair", landmarks=landmarks, field=field, resample=resample)
     else:
         of_data_sets = {"split": split, "cases": cases, "data": data, "profile": profile, "seed": seed}
-        refuse("goes with --dataset, not with --pair", **of_data_sets)
+        refuse("needs --dataset and cannot be used with --pair", **of_data_sets)
     if field is not None:
         registering = {"run": run, "method": method, "network": network, "levels": levels, "steps": steps}
-        refuse("does not go with --field, which is scored as it is", **registering)
+        refuse("cannot be used with --field, which is evaluated as it is", **registering)
     method = method or ("network+instance" if run else "baseline" if dataset else "before")
     if method.startswith("network") and run is None:
         raise typer.BadParameter(f"{method} needs a trained network: give --run", param_hint="--method")
     if not method.startswith("network"):
-        refuse(f"names a network, but {'--run is missing' if run is None else f'{method} takes none'}", network=network)
+        refuse(f"names a network, but {'--run is missing' if run is None else f'{method} uses none'}", network=network)
     if method == "before":
-        refuse("is for a method that registers: give --method", levels=levels, steps=steps)
+        refuse("needs a method that registers: give --method", levels=levels, steps=steps)
     read = [*(pair or ()), *(landmarks or ()), *([field] if field else [])]
     check_outputs({"--json": json}, {"--pair": pair, "--landmarks": landmarks, "--field": field}, overwrite)
 
@@ -117,7 +117,7 @@ def evaluate(
         settings = chosen_profile(dataset, profile, "laptop")
     known = own.profile if by_network else settings
     if (known.spatial_dims, known.num_labels) != (settings.spatial_dims, settings.num_labels):
-        raise DataError(f"{own.path} knows other axes or labels than {dataset} has. Choose another run or profile.")
+        raise DataError(f"{own.path} has other axes or labels than {dataset}. Choose another run or profile.")
     registrar, about = None, {"method": "field" if field else method}
     if method != "before":
         instance = method == "network+instance" and steps != 0

@@ -1,4 +1,4 @@
-"""Synthetic pairs, of a run or drawn from a pretrained model, as NIfTI files with a description for other programs."""
+"""Write synthetic pairs, of a run or drawn from a pretrained model, as NIfTI files with a dataset description."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ AT_ONCE = 4  # pairs that are decoded together
 
 
 def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> int:
-    """Write the synthetic pairs of a run in the form of a Learn2Reg data set; no real data are needed.
+    """Write the synthetic pairs of a run as a data set in the format of Learn2Reg; no real data are needed.
 
     ``imagesTr/<name>_0001_0000.nii.gz`` is the fixed label map of the first pair, ``..._0001.nii.gz`` the moving one:
-    uint8 (X, Y, Z), a slice as (X, Y, 1), placed by :func:`pairdiff_core.data.grid_affine`. ``<name>_dataset.json``
-    has the keys of Learn2Reg's descriptions and ``provenance``; each label map is image and label at once.
+    uint8 (X, Y, Z), a slice as (X, Y, 1), with the affine of :func:`pairdiff_core.data.grid_affine`. Label maps are
+    both image and label in ``<name>_dataset.json``, which has the keys of Learn2Reg's descriptions and ``provenance``.
 
     Args:
-        run: a run folder with the stage "synthesis".
-        to: folder to make; it may exist if it is empty.
+        run: a run folder that has finished the stage "synthesis".
+        to: folder to create; it may exist if it is empty.
         progress: whether to show a bar.
 
     Returns:
         The number of pairs.
 
     Raises:
-        CheckpointError: if a stage is missing or damaged, or they do not belong together.
-        DataError: if ``to`` is in use or cannot be written; nothing is written then.
+        CheckpointError: if a stage is missing or damaged, or if the stages are not of one run.
+        DataError: if ``to`` is not empty or cannot be written; nothing is written then.
     """
     to = _unused(to)
     work = open_run(find_model(run))
     stages = [(work.path / f"{stage}.safetensors").exists() for stage in ("synthesis", "vqae", "denoiser")]
     if stages == [False, True, True]:
         raise CheckpointError(
-            f"{work.path} holds no synthetic pairs, but the networks to draw some. To write them, run: pairdiff run "
-            f"synthesis --model {run} --to {to}"
+            f"{work.path} holds no synthetic pairs, only the networks that draw them. To draw some, run: "
+            f"pairdiff run synthesis --model {run} --to {to}"
         )
     tensors, description = load_checkpoint(work.path / "synthesis.safetensors")
     autoencoder = find_autoencoder(work, description["config"]["inputs"]["autoencoder"])
@@ -70,14 +70,14 @@ def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> 
 def make_pairs(
     model: str | Path, to: str | Path, number: int | None = None, seed: int = 0, *, progress: bool = False
 ) -> int:
-    """Draw new pairs from a pretrained model, or from the networks of a run, and write them as :func:`export_pairs`.
+    """Draw new pairs from a pretrained model, or from the networks of a run, and write them like :func:`export_pairs`.
 
     Args:
-        model: such as "oasis2d-laptop", or a folder with the stages "vqae" and "denoiser".
-        to: folder to make; it may exist if it is empty.
-        number: of pairs; None: as many as the model's profile says.
-        seed: of the pairs. A run of this seed that takes this model makes the same ones.
-        progress: whether to show bars.
+        model: name such as "oasis2d-laptop", or a folder with the stages "vqae" and "denoiser".
+        to: folder to create; it may exist if it is empty.
+        number: number of pairs; None takes that of the model's profile.
+        seed: of the pairs. A run with this seed that uses this model makes the same ones.
+        progress: whether to show progress bars.
 
     Returns:
         The number of pairs.
@@ -97,21 +97,21 @@ def make_pairs(
 
 
 def _unused(to: str | Path) -> Path:
-    """The folder to make, asked before anything is computed.
+    """The folder to create, checked before anything is computed.
 
     Raises:
-        DataError: if there is something in its place.
+        DataError: if it exists and is not an empty folder.
     """
     to = Path(to).expanduser()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise DataError(f"{to} exists and is not empty. Give a new folder, or move that one away.")
+        raise DataError(f"{to} exists and is not empty. Give a new folder, or move this one.")
     return to
 
 
 def _write_pairs(
     to: Path, run: Run, autoencoder: Trained, tokens: torch.Tensor, made_by: dict[str, Any], progress: bool
 ) -> int:
-    """Decode tokens int (N, *grid) and write the pairs; the folder appears whole or not at all."""
+    """Decode tokens int (N, *grid) and write the pairs; the folder appears complete or not at all."""
     name, pairs, affine = f"PairDiff-{run.dataset}", [], grid_affine(run.dataset, run.profile.spatial)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -135,14 +135,14 @@ def _write_pairs(
 
 
 def _describe(name: str, pairs: Sequence[Sequence[str]], run: Run) -> dict[str, Any]:
-    """The dataset description in the form of Learn2Reg."""
+    """The dataset description in the format of Learn2Reg."""
     labels, images = label_names(run.dataset, run.profile.num_labels), [image for pair in pairs for image in pair]
     described = {
         "name": name,
         "release": __version__,
-        "description": f"Synthetic pairs of label maps, made by PairDiff from what it learnt on {run.dataset}: "
-        "no images of anybody. For research and teaching.",
-        "licence": "Apache-2.0, as far as the terms of the data that was learnt from allow",
+        "description": f"Synthetic pairs of label maps, made by PairDiff after training on {run.dataset}. "
+        "They show no real person. For research and teaching.",
+        "licence": "Apache-2.0, as far as the terms of the training data allow",
         "reference": "M. Heinrich, Unleashing Registration: Diffusion Models for Paired Synthetic 3D Data Generation",
         "pairings": "paired",
         "provided_data": {"0": ["image", "label"]},

@@ -1,7 +1,8 @@
-"""Where the voxels of an image lie, as nibabel and as SimpleITK read it, and how one grid lies on another.
+"""Voxel grids of images in space, as nibabel and as SimpleITK read them, and maps between two grids.
 
-The two disagree where a NIfTI header holds two different forms or none: nibabel takes the sform first, SimpleITK
-mostly the qform, and without any form nibabel centres the image and flips its first axis, SimpleITK does neither.
+The two programs disagree if a NIfTI header holds two different forms (qform and sform) or none. With two, nibabel takes
+the sform first, SimpleITK mostly the qform. With none, nibabel centres the image and flips its first axis, SimpleITK
+does neither.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from scipy.ndimage import map_coordinates
 from pairdiff_core.data.image_files import ras_affine
 from pairdiff_core.errors import DataError
 
-SAME_GRID = 0.01  # voxels by which the corners of two grids may lie apart
+SAME_GRID = 0.01  # largest distance between the corners of two equal grids, in voxels
 PLACE = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
-LAID_FLAT = "laid flat"  # intent name of a field
-AT_ONCE = 2**21  # voxels that are sampled together, so that their places need little memory
+LAID_FLAT = "laid flat"  # intent name of a field on a tilted slice
+AT_ONCE = 2**21  # voxels that are sampled together, so that their positions need little memory
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The grid of a volume, or of a slice as a volume of one voxel along the last axis."""
+    """The grid of a volume, or of a slice, which is a volume with one voxel along the last axis."""
 
     shape: tuple[int, int, int]
     header: nib.Nifti1Header
@@ -40,7 +41,7 @@ class Grid:
 
     @classmethod
     def of(cls, image: nib.Nifti1Image, path: Path) -> Grid:
-        """That of the first three axes of an image.
+        """The grid of the first three axes of an image.
 
         Raises:
             DataError: if its affine has no inverse; the message names the file.
@@ -53,19 +54,19 @@ class Grid:
 
     @cached_property
     def seen_by_itk(self) -> np.ndarray | None:
-        """As :attr:`affine`, but as SimpleITK reads it; None where it refuses, as for sheared axes."""
+        """As :attr:`affine`, but as SimpleITK reads it; None if it refuses the header, such as for sheared axes."""
         return itk_affine(self.header, self.shape)
 
     @property
     def world(self) -> np.ndarray:
-        """As :attr:`seen_by_itk`, or else :attr:`affine`."""
+        """:attr:`seen_by_itk`, or :attr:`affine` if that is None."""
         return self.affine if self.seen_by_itk is None else self.seen_by_itk
 
     @cached_property
     def field_world(self) -> np.ndarray:
-        """As :attr:`world`, for a displacement field on this grid, which for (X, Y, 1) is of two dimensions.
+        """As :attr:`world`, for a displacement field on this grid, which is two-dimensional for (X, Y, 1).
 
-        Of a slice that is :attr:`tilted`: along the first two axes of LPS, from the same origin.
+        For a :attr:`tilted` slice, it follows the first two axes of LPS from the same origin.
         """
         if self.tilted:
             flat = np.diag([*nib.affines.voxel_sizes(self.world)[:2] * -1, 1, 1])
@@ -76,16 +77,16 @@ class Grid:
 
     @cached_property
     def tilted(self) -> bool:
-        """Whether it is a slice (X, Y, 1) in another plane than the axial one, coronal for instance.
+        """Whether it is a slice (X, Y, 1) that is not axial, such as a coronal one.
 
-        In two dimensions, ITK keeps two components of its directions, which is not enough to tell where it lies: it
-        refuses such a header, or changes it. So a field there lies flat for ITK, see :func:`laid_flat`, and the true
-        places of slices tell how one of them lies on another.
+        In two dimensions, ITK keeps only two components of each direction, so it refuses or changes the header of such
+        a slice. A field on it therefore has an axial grid for ITK (see :func:`laid_flat`), and two such slices are
+        related by their true positions.
         """
         return self.shape[2] == 1 and leaves_axial_plane(self.world)
 
     def note(self, name: object) -> str | None:
-        """A line about the form that fields follow, where nibabel and SimpleITK differ; ``name`` is the file's."""
+        """A line that says which form fields follow if nibabel and SimpleITK differ; ``name`` is the file's."""
         if self.seen_by_itk is None:
             return f"SimpleITK refuses the header of {name}, whose axes are sheared; the field follows its sform."
         if corners_apart(self.affine, self.world, self.shape) <= SAME_GRID:
@@ -101,7 +102,7 @@ class Grid:
 
 
 def placed(header: nib.Nifti1Header, shape: Sequence[int], dtype: np.dtype | type = np.uint8) -> nib.Nifti1Header:
-    """A header for an array of that shape and type, with the forms, codes, zooms and unit of another."""
+    """A new header for an array of this shape and type, with the forms, codes, zooms and unit of ``header``."""
     new = nib.Nifti1Header()
     new.set_data_dtype(dtype)
     new.set_data_shape(shape)
@@ -112,21 +113,21 @@ def placed(header: nib.Nifti1Header, shape: Sequence[int], dtype: np.dtype | typ
 
 
 def leaves_axial_plane(affine: np.ndarray) -> bool:
-    """Whether the first two axes of such a grid run in another plane than the first two of the world."""
+    """Whether the first two axes of a grid with this affine span another plane than the first two world axes."""
     directions = affine[:2, :2] / nib.affines.voxel_sizes(affine)[:2]
     return not np.allclose(directions.T @ directions, np.eye(2), atol=1e-4)
 
 
 def parallel(affine: np.ndarray, other: np.ndarray, axes: tuple[int, int] = (2, 2)) -> bool:
-    """Whether two slices run in nearly one plane; ``axes`` are those of one voxel, across the slice."""
+    """Whether two slices are nearly parallel; ``axes`` are their axes of one voxel, across the slice."""
     across = [np.linalg.inv(matrix)[axis, :3] for matrix, axis in zip((affine, other), axes, strict=True)]
     return bool(abs(across[0] @ across[1]) > 0.9 * np.linalg.norm(across[0]) * np.linalg.norm(across[1]))
 
 
 def laid_flat(grid: Grid) -> nib.Nifti1Header:
-    """The header of a field on a tilted slice: ITK takes its qform, ``grid.field_world``, nibabel its true place.
+    """The header of a field on a tilted slice: its qform is ``grid.field_world``, for ITK, its sform the true position.
 
-    Fields that have it are named ``LAID_FLAT``, as other files may have two different forms, too.
+    Such fields have the intent name ``LAID_FLAT``, because other files may also have two different forms.
     """
     image = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), grid.world)
     image.set_sform(grid.world, "aligned")
@@ -135,9 +136,9 @@ def laid_flat(grid: Grid) -> nib.Nifti1Header:
 
 
 def itk_affine(header: nib.Nifti1Header, shape: Sequence[int]) -> np.ndarray | None:
-    """Voxel-to-world matrix (4, 4), mm, RAS, as SimpleITK reads it from such a header; None if it refuses.
+    """Voxel-to-world matrix (4, 4), mm, RAS, as SimpleITK reads it from a header; None if SimpleITK refuses it.
 
-    Asked of SimpleITK itself: which form it takes depends on both codes, on their values and on its version.
+    SimpleITK itself reads the header here, because the form it takes depends on both codes and on its version.
     """
     reader, warns = sitk.ImageFileReader(), sitk.ProcessObject.GetGlobalWarningDisplay()
     new = placed(header, shape)
@@ -157,16 +158,16 @@ def itk_affine(header: nib.Nifti1Header, shape: Sequence[int]) -> np.ndarray | N
 
 
 def corners_apart(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
-    """The largest distance between where two affines put the corners of a grid, in voxels of the first."""
+    """The largest distance between the corners of a grid under two affines, in voxels of the first."""
     corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*np.subtract(shape, 1), 1]  # (8, 4)
     apart = np.linalg.inv(affine) @ (other - affine) @ corners.T  # (4, 8)
     return float(np.linalg.norm(apart[:3], axis=0).max()) if np.isfinite(apart).all() else np.inf
 
 
 def same_place(fixed: Grid, moving: Grid) -> np.ndarray | None:
-    """The matrix (4, 4) from voxels of one grid to those of another that has the same voxels, or None.
+    """The matrix (4, 4) from voxels of one grid to those of another with the same voxels; None if they differ.
 
-    The axes of the other may have another order and run the other way. Enough that nibabel or SimpleITK sees it so.
+    The axes may differ in order and direction. It is enough if the voxels agree as nibabel or as SimpleITK reads them.
     """
     for own, other in ((fixed.affine, moving.affine), (fixed.world, moving.world)):
         turn = ornt_transform(io_orientation(other), io_orientation(own))
@@ -184,15 +185,15 @@ def sample(
     after: np.ndarray | None = None,
     order: int = 0,
 ) -> np.ndarray:
-    """Values at after(before(x) + u(x)) for all voxels x; what lies outside the field of view is 0, as in ITK.
+    """Sample values at after(before(x) + u(x)) for all voxels x, with 0 outside the field of view, as in ITK.
 
-    The view ends half a voxel beyond the outermost voxel centres, where the outermost values count: from -0.5, which is
-    in it, to N - 0.5, which is not.
+    The field of view is -0.5 <= x < N - 0.5 along each axis. Beyond the outermost voxel centres, the outermost values
+    apply.
 
     Args:
         values: (X, Y, Z).
         displacement: u, (3, *spatial).
-        before, after: matrices (4, 4), such as from voxels to voxels of another grid; default: as it is.
+        before, after: matrices (4, 4), such as from voxels to voxels of another grid; None for the identity.
         order: 0 for nearest neighbour, halves rounded up as in ITK; 1 for linear.
 
     Returns:

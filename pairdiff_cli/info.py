@@ -1,4 +1,4 @@
-"""``pairdiff info``: what is installed, and what there is to work with."""
+"""``pairdiff info``: the installed versions, devices, data and models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pairdiff_core.training import best_device, fast_in_bfloat16
 
 
 def describe() -> dict[str, str]:
-    """A line of text for each of versions, device, profiles, data sets, pretrained models and run folder."""
+    """One line of text each for versions, device, profiles, data sets, pretrained models and run folder."""
     device, made_by = best_device(), provenance("", 0, best_device())
     bits = "bfloat16 where a profile allows it" if fast_in_bfloat16(device) else "32 bit throughout"
     runs = Path(os.environ.get("PAIRDIFF_RUNS", "runs"))

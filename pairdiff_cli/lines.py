@@ -1,4 +1,4 @@
-"""What commands print beside their errors: numbers, and lines that show the progress of long work."""
+"""What commands print besides errors: numbers, and progress lines of long work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 
 def show(numbers: dict[str, Any]) -> None:
-    """Print numbers, a line each; lists of them are for the file."""
+    """Print numbers, one per line; lists are skipped, since they are only for the file."""
     for name, value in numbers.items():
         if isinstance(value, dict):
             show({f"{name} {key}": item for key, item in value.items()})
@@ -22,7 +22,7 @@ def show(numbers: dict[str, Any]) -> None:
 
 @contextmanager
 def progress_lines(quiet: bool = False) -> Iterator[None]:
-    """Inside, what the package logs goes to stderr, a line each; with ``quiet``, nothing at all is printed."""
+    """Within the block, the package's log goes to stderr; with ``quiet``, nothing at all is printed."""
     if quiet:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield

@@ -1,4 +1,4 @@
-"""One pair of files as a case to score: by landmarks in files, and with a field of one's own."""
+"""One pair of files as a case to score, optionally with landmarks and a displacement field from files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pairdiff_core.registration import Case, Deformation, Method, score_landmark
 
 
 def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> PairSet:
-    """The pair with its own labels, and with landmarks from CSV files (x, y, z in mm, RAS, a line each, in one order).
+    """The pair with its own labels, and with landmarks from CSV files (x, y, z in mm, RAS, in the same order).
 
     Raises:
-        DataError: if a file is bad, or they do not hold the same number of landmarks; the message names the file.
+        DataError: if a file is invalid, or the files hold different numbers of landmarks; the message names the file.
     """
     pairs = replace(volumes.pairs(), label_names=tuple(map(str, volumes.values)))
     if landmarks is None:
@@ -32,10 +32,10 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
     if fixed.shape != moving.shape:
         numbers = " x ".join(map(str, fixed.shape)), " x ".join(map(str, moving.shape))
         raise DataError(
-            f"{landmarks[1]} holds {numbers[1]} numbers, but {landmarks[0]} {numbers[0]}: give the same points."
+            f"{landmarks[1]} holds {numbers[1]} numbers, but {landmarks[0]} holds {numbers[0]}. Give the same points."
         )
     if fixed.shape[1] == 2 and any(grid.shape[2] > 1 or grid.tilted for grid in volumes.grids):
-        raise DataError(f"{landmarks[0]} has no z, but {volumes.paths[0]} is no axial slice. Give columns x, y, z.")
+        raise DataError(f"{landmarks[0]} has no z, but {volumes.paths[0]} is not an axial slice. Give columns x, y, z.")
     to_fixed_grid = np.linalg.inv(volumes.to_moving) @ np.linalg.inv(volumes.grids[1].world)
     points = [_voxels(fixed, np.linalg.inv(volumes.grids[0].world)), _voxels(moving, to_fixed_grid)]
     kept = np.stack(points, 1)[..., volumes.spatial_axes]  # (K, 2, D)
@@ -43,7 +43,7 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
 
 
 def note_outside(volumes: VolumePair, pairs: PairSet, field: Field | None = None) -> list[str]:
-    """A line, if landmarks of the fixed image lie outside the field; None: one on its grid."""
+    """A line if landmarks of the fixed image lie outside the field; without a field, outside the pair's grid."""
     if pairs.landmarks is None:
         return []
     fixed, shape = pairs.landmarks[0][:, 0].numpy(), pairs.spatial
@@ -54,7 +54,7 @@ def note_outside(volumes: VolumePair, pairs: PairSet, field: Field | None = None
 
 
 def _voxels(points: np.ndarray, to_voxels: np.ndarray) -> np.ndarray:
-    """Points (K, 3) in mm, or (K, 2) at 0 of the third axis, as voxel coordinates (K, 3)."""
+    """Points (K, 3) in mm, or (K, 2), which are at 0 on the third axis, as voxel coordinates (K, 3)."""
     millimetres = np.pad(points, [(0, 0), (0, 3 - points.shape[1])])
     return millimetres @ to_voxels[:3, :3].T + to_voxels[:3, 3]
 
@@ -67,7 +67,7 @@ def displacement_on(volumes: VolumePair, field: Field) -> torch.Tensor:
     still = np.broadcast_to(np.float32(0), (3, *fixed.shape))
     moves = np.stack([sample(part, still, before=to_field, order=1) for part in field.displacement])
     centres = np.indices(fixed.shape, dtype=np.float64)
-    stays = (back @ to_field - np.eye(4))[:3]  # what two forms in one header make of a field of 0
+    stays = (back @ to_field - np.eye(4))[:3]  # not 0 if a header has two different forms
     found = np.tensordot(back[:3, :3], moves, 1) + np.tensordot(stays[:, :3], centres, 1)
     found += stays[:, 3].reshape(3, 1, 1, 1)
     axes = list(volumes.spatial_axes)
@@ -83,7 +83,7 @@ def _in_field(volumes: VolumePair, pairs: PairSet, field: Field) -> np.ndarray:
 
 
 def _arrived(volumes: VolumePair, pairs: PairSet, field: Field) -> torch.Tensor:
-    """Landmarks as in the pair, (K, 2, D), but those of the fixed image moved by the field itself, as by ``apply``."""
+    """The pair's landmarks (K, 2, D), with those of the fixed image moved by the field itself, as in ``apply``."""
     at = _in_field(volumes, pairs, field)
     moves = [sample(part, at[..., None, None], before=np.diag([0.0, 0, 0, 1]), order=1) for part in field.displacement]
     back = np.linalg.inv(volumes.to_moving) @ field.onto(volumes.grids[1], volumes.paths[1])
@@ -98,16 +98,16 @@ def score_case(
     profile: Profile | None = None,
     field: Field | None = None,
 ) -> Case:
-    """The case of a pair of files: as it is, registered, or with a field; Dice is that of what ``--warped`` writes.
+    """Score a pair of files: unregistered, registered, or with a field. Dice is measured on what ``--warped`` writes.
 
     Args:
-        pairs: of :func:`as_case`.
-        registrar: how to register; None for not.
-        profile: of the registrar's network, whose labels it takes; None without a network.
-        field: a displacement field; its inverse is not known, and so the case has no inverse consistency.
+        pairs: from :func:`as_case`.
+        registrar: the registration method; None for none.
+        profile: of the registrar's network, which determines its labels; None without a network.
+        field: a displacement field. Its inverse is not known, so the case has no inverse consistency.
 
     Returns:
-        The case; of a registrar also with ``warnings``, lines for its user.
+        The case. With a registrar, it also has ``warnings``, a list of lines for the user.
     """
     if field is not None:
         displacement = displacement_on(volumes, field)

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean; nothing heavy is imported here."""
+"""Options that several commands share. This module imports nothing slow."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SUFFIXES = (".nii.gz", ".nii")  # of the volumes that are written
 DatasetName = Literal[tuple(DATASETS)]
 ProfileName = Literal[tuple(PROFILES[2])]
 
-DataFolder = Annotated[Path | None, typer.Option(help="Folder of the real data; default: the environment variables.")]
-Levels = Annotated[int | None, typer.Option(min=1, help="Only the first levels of the optimisation: faster, coarser.")]
-NetworkName = Annotated[str | None, typer.Option(help="Which network; default: real-motion, else synthetic.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+DataFolder = Annotated[Path | None, typer.Option(help="Folder of the real data. Default: the environment variables.")]
+Levels = Annotated[int | None, typer.Option(min=1, help="Use only the first levels of optimisation: faster, coarser.")]
+NetworkName = Annotated[str | None, typer.Option(help="Which network. Default: real-motion, else synthetic.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only results, warnings and errors: no bars, notes or progress.")]
 Resample = Annotated[
     bool, typer.Option("--resample", help="Resample a moving volume on another grid by nearest neighbour.")
 ]
 RunOrModel = Annotated[str | None, typer.Option(help="Run folder, or pretrained model such as oasis2d-laptop.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Of everything random.")]
-Steps = Annotated[int | None, typer.Option(min=0, help="At each level of the optimisation; 0 for none.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Seed of all random numbers.")]
+Steps = Annotated[int | None, typer.Option(min=0, help="Steps at each level of optimisation; 0 for none.")]
 
 
 def refuse(why: str, **given: Any) -> None:
-    """Refuse as wrong use the first of these options that was given, by its name in Python; ``why`` follows it."""
+    """Raise a usage error for the first of these options that was given; its text is the option, then ``why``."""
     for name, value in given.items():
         if value is not None and value is not False:
             option = f"--{name.replace('_', '-')}"
@@ -40,7 +40,7 @@ def chosen_profile(dataset: str, name: str | None, default: str) -> Profile:
     """The profile of that name, else the one that PAIRDIFF_PROFILE names, else the default.
 
     Raises:
-        typer.BadParameter: if PAIRDIFF_PROFILE names none.
+        typer.BadParameter: if PAIRDIFF_PROFILE names no profile.
     """
     try:
         return get_profile(name or os.environ.get("PAIRDIFF_PROFILE") or default, DATASETS[dataset])

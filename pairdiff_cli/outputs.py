@@ -1,4 +1,4 @@
-"""What a command is about to write: refused before any computing where it cannot be, or would destroy a file."""
+"""Checks of a command's outputs before anything is computed: they must be writable and must not destroy a file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 from pairdiff_cli.options import SUFFIXES
 from pairdiff_core.errors import DataError
 
-ENDINGS = {"--json": (".json",)}  # of other outputs than images
+ENDINGS = {"--json": (".json",)}  # of outputs that are not images
 HALVES = (".hdr", ".img", ".hdr.gz", ".img.gz")  # of images in two files
-HEADERS = (".nhdr", ".mhd")  # name the files that hold the voxels
+HEADERS = (".nhdr", ".mhd")  # of headers that name the files with the voxels
 
 
 def check_outputs(
@@ -25,20 +25,20 @@ def check_outputs(
 ) -> None:
     """Refuse outputs that cannot be written, or that would replace an input, each other, or an existing file.
 
-    Files are compared as files, not by how their names are spelled: links, linked folders and hard links count. Of an
-    image in two files, and of a folder, all files are inputs.
+    Files are compared, not the spelling of their names: links, linked folders and hard links are followed. All files of
+    a folder, and of an image in two files, count as inputs.
 
     Args:
-        outputs: the option that names it, and the path; None for one that is not wanted.
-        inputs: the option or argument that names it, and the file or folder that is read, or several.
-        overwrite: whether outputs that exist may be replaced. Inputs may never be.
-        suffixes: how names must end, but for ``--json``.
+        outputs: the path for each option; None for an output that is not wanted.
+        inputs: for each option or argument, the files or folders that are read.
+        overwrite: whether existing outputs may be replaced. Inputs are never replaced.
+        suffixes: allowed endings of names, except for ``--json``.
 
     Raises:
         typer.BadParameter: for a wrong ending, or a file that is named twice.
-        DataError: for what cannot be written, or exists.
+        DataError: for an output that cannot be written or already exists.
     """
-    taken: dict[object, tuple[str, Path, Path]] = {}  # by what files have in common: the option, its path, the file
+    taken: dict[object, tuple[str, Path, Path]] = {}  # by identity of the file: option, its path, file
     for option, paths in inputs.items():
         for path in [paths] if isinstance(paths, Path) else paths or ():
             for file in [*_parts(path), path]:
@@ -53,24 +53,24 @@ def check_outputs(
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise DataError(f"{path} cannot be written: it is a folder, or its folder is missing or read-only.")
         if path.exists() and not path.is_file():
-            raise DataError(f"{path} cannot be written: it is a device or a pipe, no file. Give another name.")
-        if os.path.lexists(path) and not overwrite:  # a link to nothing exists, too
+            raise DataError(f"{path} cannot be written: it is a device or a pipe, not a file. Give another name.")
+        if os.path.lexists(path) and not overwrite:  # a broken link counts as existing
             raise DataError(f"{path} exists. Give --overwrite to replace it, or another name.")
 
 
 def _named_twice(option: str, path: Path, other: str, named: Path, file: Path) -> str:
-    """Why an output is refused: it is ``file``, which is what ``other`` names, or a part of that."""
+    """Why an output is refused: it is ``file``, which option ``other`` names, directly or as a part of ``named``."""
     if file != named:
         why = f"{path} ({option}) belongs to {named} ({other})"
     elif str(path) == str(named):
         why = f"{path} is named twice, by {option} and {other}"
     else:
         why = f"{path} ({option}) and {named} ({other}) are the same file"
-    return f"{why}; outputs need files of their own"
+    return f"{why}; each output needs its own file"
 
 
 def _parts(path: Path) -> Iterator[Path]:
-    """The files of a folder; the halves of an image in two files; the files that a header names."""
+    """The files of a folder, both halves of an image in two files, or the files that a header names."""
     name = path.name.lower()
     if path.is_dir():
         yield from (file for file in path.rglob("*") if file.is_file())
@@ -87,7 +87,7 @@ def _parts(path: Path) -> Iterator[Path]:
 
 
 def _identities(path: Path) -> set[object]:
-    """What two paths to one file have in common: where all links lead, and for hard links the file's number."""
+    """What identifies a file: its path with all links resolved and, for hard links, device and inode numbers."""
     found: set[object] = {os.path.realpath(path)}
     try:
         status = os.stat(path)

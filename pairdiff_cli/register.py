@@ -1,4 +1,4 @@
-"""``pairdiff register``: two label volumes in, a displacement field out."""
+"""``pairdiff register``: register two label volumes and write the displacement field."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pairdiff_cli.outputs import check_outputs
 
 
 def register(
-    fixed: Annotated[Path, typer.Argument(help="Label or binary volume; one slice is 2D.")],
-    moving: Annotated[Path, typer.Argument(help="The volume to bring onto it; see --resample.")],
+    fixed: Annotated[Path, typer.Argument(help="Label or binary volume; a single slice is 2D.")],
+    moving: Annotated[Path, typer.Argument(help="Volume to align with it; see --resample.")],
     out: Annotated[Path, typer.Option(help="Displacement field to write, .nii.gz or .nii.")],
-    inverse: Annotated[Path | None, typer.Option(help="Field from moving to fixed to write, too.")] = None,
-    warped: Annotated[Path | None, typer.Option(help="Warped moving labels to write, too.")] = None,
+    inverse: Annotated[Path | None, typer.Option(help="Also write the field from moving to fixed.")] = None,
+    warped: Annotated[Path | None, typer.Option(help="Also write the warped moving labels.")] = None,
     form: Annotated[Literal["itk", "l2r"], typer.Option("--format", help="itk: mm, LPS; l2r: voxels.")] = "itk",
     run: RunOrModel = None,
     network: NetworkName = None,
@@ -32,7 +32,7 @@ def register(
     Example: pairdiff register fixed.nii.gz moving.nii.gz --out field.nii.gz
     """
     if run is None:
-        refuse("names a network of a run: give --run, too", network=network)
+        refuse("names a network of a run: also give --run", network=network)
     outputs = {"--out": out, "--inverse": inverse, "--warped": warped}
     check_outputs(outputs, {"FIXED": fixed, "MOVING": moving}, overwrite)
 

@@ -1,4 +1,4 @@
-"""How the commands register: by a network of a run, by optimisation, or by both."""
+"""How the commands register: with a network of a run, by optimisation, or with both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pairdiff_core.profiles import Profile, to_json
 
 
 def opened(run: str | None) -> Run | None:
-    """The run, or pretrained model, of that name or folder."""
+    """The run or pretrained model of this name or folder; None for None."""
     return None if run is None else open_run(pipeline.find_model(run))
 
 
@@ -30,7 +30,7 @@ def chosen_registrar(
     instance: bool = True,
     watch: registration.Watch = iter,
 ) -> tuple[Callable[[PairSet], registration.Deformation], dict[str, Any]]:
-    """How to register, by a network of a run or by optimisation alone, and its description for JSON."""
+    """The registration method, with a network of a run or by optimisation alone, and its description for JSON."""
     options, described = {"watch": watch}, {"settings": to_json(profile.registration)}
     if own:
         name = f"registration-{network}" if network else pipeline.default_network(own.path)
@@ -41,17 +41,17 @@ def chosen_registrar(
 
 
 def _trained_grid(own: Run) -> tuple[Any, list[float]]:
-    """Voxel-to-world matrix (4, 4) and millimetres a voxel of the grid that the networks of a run were trained on."""
+    """Voxel-to-world matrix (4, 4) and voxel size in mm of the grid that the networks of a run were trained on."""
     affine = grid_affine(own.dataset, own.profile.spatial)
     return affine, nib.affines.voxel_sizes(affine)[: own.profile.spatial_dims].tolist()
 
 
 def note_differences(pair: VolumePair, pairs: PairSet, own: Run) -> None:
-    """Say on stderr where a volume differs from what the network was trained on; it then does less well."""
+    """Print notes to stderr if a volume differs from the training data, which makes the network less accurate."""
     affine, spacing = _trained_grid(own)
     if not registration.sampling(pairs.spatial, pairs.spacing, own.profile, spacing).as_trained:
         compared, unit = (spacing, pairs.spacing), "mm"
-        if np.allclose(*compared, rtol=0.05):  # then it is the size that does not fit
+        if np.allclose(*compared, rtol=0.05):  # then the size differs
             compared, unit = (own.profile.spatial, pairs.spatial), "voxels"
         at, here = (" x ".join(f"{number:.3g}" for number in each) for each in compared)
         what = f"these voxels of {here} mm do" if unit == "mm" else f"this image of {here} voxels does"

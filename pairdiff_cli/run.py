@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 def run(
     stage: Annotated[
-        Literal[(*STAGES, "all")], typer.Argument(help="The last one, after those before it; all: all, and measure.")
+        Literal[(*STAGES, "all")], typer.Argument(help="Run all stages up to this one. 'all' also measures.")
     ],
-    dataset: Annotated[DatasetName | None, typer.Option(help="What to learn from; needed but with --model.")] = None,
+    dataset: Annotated[DatasetName | None, typer.Option(help="Data set to train on; required without --model.")] = None,
     # torchrun takes --run for one of its own options
-    run: Annotated[Path | None, typer.Option("--run", "--run-folder", help="Default: that of the notebooks.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", "--run-folder", help="Default: the notebooks' folder.")] = None,
     profile: Annotated[ProfileName | None, typer.Option(help="Default: PAIRDIFF_PROFILE, else quick.")] = None,
     data: DataFolder = None,
     seed: Seed = 0,
     model: Annotated[
         str | None, typer.Option(help="With synthesis: draw pairs from this pretrained model alone, without data.")
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="With --model: folder to make, with the pairs as NIfTI.")] = None,
-    pairs: Annotated[int | None, typer.Option(min=1, help="Synthetic pairs; default: the profile's.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(min=0, help="Save the progress and end after this time.")] = None,
+    to: Annotated[Path | None, typer.Option(help="With --model: folder to create for the pairs, as NIfTI.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Number of synthetic pairs. Default: the profile's.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(min=0, help="Save progress and stop after this time.")] = None,
     save_minutes: Annotated[float, typer.Option(min=0, help="Save the progress this often.")] = 5.0,
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Default: PAIRDIFF_DEVICE, else a GPU or cpu.")
+        Literal["cpu", "cuda"] | None, typer.Option(help="Default: PAIRDIFF_DEVICE, else a GPU if there is one.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run the stages of the method up to one of them. Repeated, the command goes on where it stopped.
+    """Run the stages of the method up to one of them. The same command continues an interrupted run.
 
-    Progress is saved after --max-minutes, at Ctrl-C or SIGTERM, and every few minutes against all else. Started by
-    torchrun, several processes share the work.
+    Progress is saved after --max-minutes, on Ctrl-C or SIGTERM, and every few minutes in case of a crash. If torchrun
+    starts several processes, they share the work.
 
     \b
     Example:
@@ -52,12 +52,12 @@ def run(
     """
     if model is not None or to is not None:
         own = {"dataset": dataset, "run": run, "profile": profile, "data": data, "max_minutes": max_minutes}
-        refuse("does not go with --model and --to, which need no more than --pairs and --seed", **own)
+        refuse("cannot be used with --model and --to, which need only --pairs and --seed", **own)
         if stage != "synthesis" or model is None or to is None:
             use = "pairdiff run synthesis --model oasis2d-laptop --to pairs"
-            raise typer.BadParameter(f"--model and --to go together, and with synthesis: {use}", param_hint="--model")
+            raise typer.BadParameter(f"--model and --to need each other and synthesis: {use}", param_hint="--model")
     elif dataset is None:
-        raise typer.BadParameter("give --dataset, or, for synthesis, --model", param_hint="--dataset")
+        raise typer.BadParameter("give --dataset or, for synthesis, --model", param_hint="--dataset")
     else:
         settings = chosen_profile(dataset, profile, "quick")
     if device is not None:
@@ -80,7 +80,7 @@ def run(
         best_device()  # a run without its device or data is refused before its folder is made
         measured = pipeline.read_measured(work) if stage == "all" else None
         if measured and not quiet and distributed.rank() == 0:
-            typer.echo(f"{work.path} is finished: nothing was done again")
+            typer.echo(f"{work.path} is finished: nothing was repeated")
         if measured is None and not pipeline.chosen_model(dataset, settings, "vqae"):
             _ = work.train
         try:
@@ -96,7 +96,7 @@ def run(
 
 
 def _worked(work: Run, stage: str) -> dict[str, Any] | None:
-    """Run the stages up to one, or "all" and measure; what the first process has measured."""
+    """Run the stages up to one, or all stages and the measurement, whose result the first process returns."""
     from pairdiff_core import pipeline
     from pairdiff_core.training import distributed
 

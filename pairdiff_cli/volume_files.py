@@ -1,6 +1,6 @@
-"""Pairs of label volumes from files, and displacement fields and warped labels back into files.
+"""Read pairs of label volumes from files, and write displacement fields and warped labels.
 
-What is read is checked before anything is computed; what is written appears whole or not at all.
+Inputs are checked before anything is computed. Outputs are written completely or not at all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pairdiff_core.profiles import Profile
 from pairdiff_core.storage import write_file
 
 MAX_LABELS = 256  # more values than that are intensities, not labels
-LISTED = 8  # labels that a message names
+LISTED = 8  # labels that a message lists at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,9 @@ class VolumePair:
     grids: tuple[Grid, Grid]  # of the fixed and of the moving file
     to_moving: np.ndarray  # (4, 4), from voxels of the fixed to voxels of the moving file
     moving: np.ndarray  # uint8 (X, Y, Z), index into values, on the grid of the moving file
-    moving_values: np.ndarray  # (C,), what the moving file holds where its index is that, of its own number type
+    moving_values: np.ndarray  # (C,), the moving file's value for each index, in its own number type
     paths: tuple[Path, Path]
-    notes: tuple[str, ...]  # what a user should know about the files, a line each
+    notes: tuple[str, ...]  # what a user should know about the files, one line each
 
     @property
     def affine(self) -> np.ndarray:
@@ -66,24 +66,24 @@ class VolumePair:
         """A set of this one pair, with labels from 0 to C - 1.
 
         Args:
-            profile: that a network was trained at, whose labels are taken: a network of two labels, such as that of
-                the vessels, takes all above 0 for the structure, as in its data. None: indices into ``values``.
+            profile: of a trained network, whose labels are used. For a network of two labels, such as that of the
+                vessels, all values above 0 are the structure, as in its data. None takes indices into ``values``.
 
         Raises:
-            DataError: if the profile has other axes, or not all of the labels.
+            DataError: if the profile has another number of axes, or lacks a label.
         """
         table, dims = np.arange(len(self.values)), self.labels.dim() - 1
         if profile is not None:
             if dims != profile.spatial_dims:
-                knows = f"the network knows images with {profile.spatial_dims}"
+                knows = f"the network was trained on images with {profile.spatial_dims}"
                 raise DataError(f"{self.paths[0]} has {dims} axes, but {knows}. Choose another run, or none.")
             last = profile.num_labels - 1
             known = np.isin(self.values, np.arange(last + 1)) | (last == 1)
             for label in np.flatnonzero(~known)[:1]:
                 path = self.paths[0] if (self.labels[0] == label).any() else self.paths[1]
                 raise DataError(
-                    f"{path} holds the label {self.values[label]}, but the network knows 0 to {last}. Change the "
-                    "labels, or choose no run."
+                    f"{path} holds the label {self.values[label]}, but the network was trained on 0 to {last}. Change "
+                    "the labels, or give no --run."
                 )
             table = np.minimum(self.values, last)
         names = map(str, range(profile.num_labels if profile else len(table)))
@@ -91,16 +91,16 @@ class VolumePair:
         return PairSet(labels[None], tuple(names), self.spacing, ("~".join(path.name for path in self.paths),))
 
     def merged_by(self, profile: Profile) -> list[str]:
-        """A line, if a network that was trained at this profile takes several labels for one."""
+        """A line if a network that was trained at this profile merges several labels into one."""
         if profile.num_labels > 2 or len(self.values) <= 2:
             return []
         return [
-            f"the network knows one structure: it takes the labels {_listed(self.values[1:])} for one and cannot tell "
-            "them apart. The Dice is that of the labels; for all of them to count, choose no run."
+            f"the network was trained on one structure, so it merges the labels {_listed(self.values[1:])}. Dice is "
+            "still measured for each label. To register by all of them, give no --run."
         ]
 
     def in_volume(self, displacement: torch.Tensor) -> np.ndarray:
-        """A displacement (D, *spatial) as float32 (3, X, Y, Z): a slice does not move across itself."""
+        """A displacement (D, *spatial) as float32 (3, X, Y, Z), with 0 across a slice."""
         axis = _slice_axis(self.shape)
         if axis is not None:
             components = list(displacement)
@@ -109,14 +109,14 @@ class VolumePair:
         return displacement.cpu().numpy()
 
     def warped_moving(self, displacement: torch.Tensor) -> np.ndarray:
-        """The moving image, with its own values and number type, at x + u(x), u float (D, *spatial) in voxels.
+        """The warped moving image, with its own values and number type; the displacement is (D, *spatial), in voxels.
 
-        Nearest neighbour, and 0 where x + u(x) lies outside the moving image, as in ITK.
+        It is sampled by nearest neighbour, and is 0 where x + u(x) lies outside the moving image, as in ITK.
         """
         return self.moving_values[self.warped_labels(displacement)].reshape(self.shape)
 
     def warped_labels(self, displacement: torch.Tensor) -> torch.Tensor:
-        """As :meth:`warped_moving`, but indices into ``values``, uint8 (*spatial)."""
+        """As :meth:`warped_moving`, but as indices into ``values``, uint8 (*spatial)."""
         warped = sample(self.moving, self.in_volume(displacement), after=self.to_moving)
         return torch.from_numpy(warped).reshape(self.labels[1].shape)
 
@@ -127,16 +127,16 @@ class VolumePair:
         scores = [float(mean_dice(image[None], self.labels[:1], len(self.values))) for image in images]
         warnings = []
         if not after.any():
-            warnings.append("the warped image is empty: the field leads out of the moving image everywhere.")
+            warnings.append("the warped image is empty: the field points outside the moving image everywhere.")
         elif round(scores[1], 3) < round(scores[0], 3):
             warnings.append(
                 f"Dice fell from {scores[0]:.3f} to {scores[1]:.3f}: the images overlap better without this field. "
-                "Take more --steps or no --run, or look at the images."
+                "Use more --steps or no --run, or inspect the images."
             )
         if scores[0] == 0:
             warnings.append(
-                "Dice started at 0: no structure overlaps its counterpart, and the field may shrink what it cannot "
-                "move that far. Align the images first."
+                "Dice started at 0: no structure overlaps its counterpart, and the field may shrink structures that it "
+                "cannot move far enough. Align the images first."
             )
         return *scores, warnings
 
@@ -146,7 +146,7 @@ def _slice_axis(shape: Sequence[int]) -> int | None:
     if len(shape) == 2:
         return 2
     single = [axis for axis, size in enumerate(shape) if size == 1]
-    return single[0] if len(single) == 1 else None  # of two such axes, neither is the slice's
+    return single[0] if len(single) == 1 else None  # with two such axes, it is not a slice
 
 
 def _listed(values: Iterable[float]) -> str:
@@ -155,16 +155,16 @@ def _listed(values: Iterable[float]) -> str:
 
 
 def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> VolumePair:
-    """Two label volumes, the moving one on the grid of the fixed; in a slice, the axis of one voxel is left out.
+    """Read two label volumes, the moving one on the grid of the fixed one, without the axis of one voxel in a slice.
 
-    Axes of the moving image may come in another order or run the other way.
+    The axes of the moving image may have another order and direction.
 
     Args:
         resample: whether a moving image on another grid is resampled, by nearest neighbour.
 
     Raises:
-        DataError: if a file is missing, damaged, of an unknown format, or no label volume with something in it; if the
-            two lie on different grids, and not ``resample``; or have no label in common. The message names the file.
+        DataError: if a file is missing, damaged, of an unknown format, empty or not a label volume; if the two are on
+            different grids without ``resample``; or if they have no label in common. The message names the file.
     """
     paths = (Path(fixed), Path(moving))
     (fixed_labels, fixed_image), (moving_labels, moving_image) = (_read_volume(path) for path in paths)
@@ -176,13 +176,13 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
             raise DataError(_differ(grids, paths))
         across = tuple(_slice_axis(grid.shape) for grid in grids)
         if None not in across and not parallel(grids[0].world, grids[1].world, across):
-            raise DataError(f"{paths[1]} is a slice in another plane than {paths[0]}. Give two slices of one plane.")
+            raise DataError(f"{paths[1]} is a slice in a different plane from {paths[0]}. Give slices of one plane.")
         to_moving = np.linalg.inv(grids[1].world) @ grids[0].world
         notes.append(f"{paths[1]} was resampled onto the grid of {paths[0]} by nearest neighbour.")
     elif not np.allclose(to_moving, np.eye(4)):
         axes = ["".join(nib.aff2axcodes(grid.affine)) for grid in grids]
         notes.append(
-            f"{paths[1]} was turned from axes {axes[1]} to {axes[0]}, those of {paths[0]}; so are the outputs."
+            f"{paths[1]} was reoriented from axes {axes[1]} to {axes[0]}, those of {paths[0]} and of the outputs."
         )
     held = [np.unique(labels) for labels in (fixed_labels, moving_labels)]
     found = [own.astype(np.uint64) for own in held]  # the one type that holds all labels exactly
@@ -205,12 +205,12 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
         moving_values = np.array([0, own[1][0]], np.uint64).astype(moving_labels.dtype)
         values, found = np.arange(2, dtype=np.uint64), [labels > 0 for labels in found]
     if len(values) == 2 and all(map(np.all, found)):
-        raise DataError(f"{both} only the value {own[0][0]}: there is nothing to register by.")
+        raise DataError(f"{both} only the value {own[0][0]}: there is nothing to align.")
     for path, one, other in zip(paths, own, reversed(own), strict=True):
         alone = np.setdiff1d(one, other)
         if alone.size and len(values) > 2:
             what = "labels" if len(alone) > 1 else "label"
-            notes.append(f"{path} alone holds the {what} {_listed(alone)}, which nothing can be matched with.")
+            notes.append(f"{path} alone holds the {what} {_listed(alone)}, without a counterpart.")
     indices = [
         np.searchsorted(values, new).astype(np.uint8)[np.searchsorted(old, labels)]
         for new, old, labels in zip(found, held, (fixed_labels, moving_labels), strict=True)
@@ -220,7 +220,7 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
     same = np.array_equal(to_moving, np.eye(4)) and grids[0].shape == grids[1].shape
     moved = volume if same else sample(volume, _still(grids[0]), after=to_moving)
     if not moved.any():
-        raise DataError(f"{paths[1]} has nothing in the field of view of {paths[0]}: align the two first.")
+        raise DataError(f"{paths[1]} has no structure in the field of view of {paths[0]}. Align the two first.")
     labels, spacing = np.stack([indices[0], moved.reshape(shape)]), nib.affines.voxel_sizes(grids[0].affine)
     if axis is not None:
         spacing, labels = np.delete(spacing, axis), labels.reshape(2, *np.delete(grids[0].shape, axis))
@@ -231,45 +231,45 @@ def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> 
 
 
 def _still(grid: Grid) -> np.ndarray:
-    """The displacement 0 on a grid, (3, X, Y, Z), without its memory."""
+    """A zero displacement (3, X, Y, Z) on a grid, which takes no memory."""
     return np.broadcast_to(np.float32(0), (3, *grid.shape))
 
 
 def _differ(grids: tuple[Grid, Grid], paths: tuple[Path, Path]) -> str:
-    """Why two images do not lie on one grid, and what to do."""
+    """A message about why two images are not on one grid, and what to do."""
     shapes = [" x ".join(map(str, grid.shape)) for grid in grids]
     if sorted(grids[0].shape) != sorted(grids[1].shape):
         differ = f"{paths[1]} has shape {shapes[1]}, but {paths[0]} has {shapes[0]}"
     else:
         apart = corners_apart(grids[0].affine, grids[1].affine, grids[0].shape)
         differ = (
-            f"{paths[1]} lies elsewhere than {paths[0]}: by their headers, corners of the two grids are up to "
-            f"{apart:.3g} voxels apart"
+            f"{paths[1]} is not at the same position as {paths[0]}: by their headers, corners of the two grids are up "
+            f"to {apart:.3g} voxels apart"
         )
     return f"{differ}. Add --resample to resample it onto the grid of {paths[0]} by nearest neighbour."
 
 
 def _read_volume(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Labels (X, Y, Z), or (X, Y) of a plain slice, not all 0 and none below, and the image for its header."""
+    """Labels (X, Y, Z), or (X, Y) of a plain slice, not all 0 and none negative, and the image for its header."""
     if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file. Give an image file, such as .nii.gz.")
+        raise DataError(f"{path} does not exist or is not a file. Give an image file, such as .nii.gz.")
     values, image = read_label_image(path)
     values = one_volume(values, path)
     if values.min() < 0:
         negative = np.unique(values[values < 0])
-        raise DataError(f"{path} holds negative labels: {_listed(negative)}. 0 is background; renumber them above it.")
+        raise DataError(f"{path} holds negative labels: {_listed(negative)}. Renumber them above 0, the background.")
     if values.dtype.kind == "f" and values.max() >= 2.0**64:
-        raise DataError(f"{path} holds the label {values.max():.9g}, larger than 64 bits hold. Give smaller labels.")
+        raise DataError(f"{path} holds the label {values.max():.9g}, too large for 64 bits. Give smaller labels.")
     if not values.any():
         raise DataError(f"{path} is empty: all its voxels are 0. Give a segmentation with something in it.")
     return values, image
 
 
 def one_volume(values: np.ndarray, path: Path) -> np.ndarray:
-    """Values as (X, Y, Z) or (X, Y), without the axes of one voxel that some programs write after these.
+    """Values as (X, Y, Z) or (X, Y), without the extra axes of one voxel that some programs write at the end.
 
     Raises:
-        DataError: if they are several volumes, or none; the message names the file.
+        DataError: if there are several volumes, or none; the message names the file.
     """
     shape = values.shape
     if not values.size:
@@ -279,7 +279,7 @@ def one_volume(values: np.ndarray, path: Path) -> np.ndarray:
     if values.ndim > 3:
         raise DataError(f"{path} has shape {shape}: {values[0, 0, 0].size} volumes. Take one of them.")
     if values.ndim < 2:
-        raise DataError(f"{path} has shape {shape}: a row of voxels, no volume (X, Y, Z) or slice (X, Y).")
+        raise DataError(f"{path} has shape {shape}: a row of voxels, not a volume (X, Y, Z) or slice (X, Y).")
     return values
 
 
@@ -293,17 +293,17 @@ def write_nifti(
 ) -> None:
     """Write values (X, Y, Z, ...) with their voxel-to-world matrix (4, 4), mm, RAS; compressed for ``.nii.gz``.
 
-    By nibabel, fields too: SimpleITK would rotate a sheared grid into a straight one and only warn.
+    nibabel writes fields, too, since SimpleITK would rotate a sheared grid into a straight one and only warn.
 
     Args:
-        header: whose forms, codes, zooms and unit are kept; then ``affine`` does not count.
+        header: its forms, codes, zooms and unit are kept; then ``affine`` is ignored.
         name: of the intent.
 
     Raises:
-        CheckpointError: if it cannot be written; an older file then is still there.
+        CheckpointError: if it cannot be written; an existing file is then kept.
     """
     if header is None:
-        image = nib.Nifti1Image(values, affine, dtype=values.dtype)  # named, else nibabel refuses 64-bit integers
+        image = nib.Nifti1Image(values, affine, dtype=values.dtype)  # without dtype, nibabel refuses 64-bit integers
         image.set_sform(affine, code="scanner")
         image.set_qform(affine, code="scanner")
         if not np.allclose(image.get_qform(), affine, atol=1e-3):  # sheared, which a qform cannot express
@@ -323,17 +323,17 @@ def write_field(
 ) -> None:
     """Write a displacement (D, *spatial), in voxels of the pair's grid, fixed to moving.
 
-    The file has the forms, codes and zooms of the fixed image, but for a tilted slice: see ``laid_flat``.
+    The file has the forms, codes and zooms of the fixed image, except for a tilted slice: see ``laid_flat``.
 
     Args:
-        form: "itk", float32 (X, Y, Z, 1, 3) with the intent "vector": millimetres along LPS axes, which ITK, SimpleITK
-            and ANTs read as a displacement field, between the two images as SimpleITK places them. For one slice,
-            (X, Y) or (X, Y, 1), it is (X, Y, 1, 1, 2), a field of two dimensions. "l2r", float32 (X, Y, Z, 3) in
-            voxels along the array's axes, as in Learn2Reg, with a component 0 for the axis of one voxel.
-        inverse: whether the displacement is from moving to fixed, on the pair's grid, too.
+        form: "itk" is float32 (X, Y, Z, 1, 3) with the intent "vector": mm along LPS axes between the two images as
+            SimpleITK reads them, which ITK, SimpleITK and ANTs read as a displacement field. For one slice, (X, Y) or
+            (X, Y, 1), it is two-dimensional, (X, Y, 1, 1, 2). "l2r" is float32 (X, Y, Z, 3) in voxels along the
+            array's axes, as in Learn2Reg, with component 0 along an axis of one voxel.
+        inverse: whether the displacement is from moving to fixed; it is on the pair's grid as well.
 
     Raises:
-        DataError: for "itk", if it is of two tilted slices that lie apart for ITK, though not for nibabel.
+        DataError: for "itk", if two tilted slices have the same position for nibabel, but not for ITK.
     """
     grid, vectors = pair.grids[0], torch.from_numpy(pair.in_volume(displacement))  # (3, X, Y, Z)
     if form == "l2r":
@@ -363,7 +363,7 @@ def write_field(
         header, name = laid_flat(grid), LAID_FLAT
     axes = [*range(dims), 3]
     millimetres = to_itk(vectors[:dims], there[np.ix_(axes, axes)])  # (X, Y, Z, dims)
-    if there is not here:  # to SimpleITK, the two images lie on different grids
+    if there is not here:  # for SimpleITK, the two images are on different grids
         x, y, z = np.indices(grid.shape, sparse=True)
         for axis, shift in enumerate((there - here)[:dims]):
             sign = -1 if axis < 2 else 1  # RAS, LPS

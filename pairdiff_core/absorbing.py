@@ -1,10 +1,10 @@
 """Stages 3 and 4: absorbing (masked) discrete diffusion over tokens.
 
-Forward, every token is replaced by MASK independently with probability t; at t = 1 nothing is left. A transformer
-that never sees t learns to fill masks in, and sampling reveals an all-masked sequence step by step; a token once
-revealed never changes. Background: Austin et al., "Structured Denoising Diffusion Models in Discrete
-State-Spaces", NeurIPS 2021; Bond-Taylor et al., "Unleashing Transformers", ECCV 2022; Hoogeboom et al.,
-"Autoregressive Diffusion Models", ICLR 2022. Sequences are (N, L): the grid of tokens in row-major order.
+Forward, every token is replaced by MASK independently with probability t; at t = 1 all are masked. A transformer that
+does not see t learns to fill in masks. Sampling starts from masks only and reveals tokens step by step; a revealed
+token never changes. Background: Austin et al., "Structured Denoising Diffusion Models in Discrete State-Spaces",
+NeurIPS 2021; Bond-Taylor et al., "Unleashing Transformers", ECCV 2022; Hoogeboom et al., "Autoregressive Diffusion
+Models", ICLR 2022. Sequences are (N, L): the grid of tokens in row-major order.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 (N, L), some ma
 
 
 class Denoiser(nn.Module):
-    """A transformer encoder that predicts every token from the ones that are not masked.
+    """A transformer encoder that predicts each token from those that are not masked.
 
-    Learned positions, no time input. The published sizes (K = 1024, 16 x 13 x 16 tokens, 12 layers, width 512, 16
-    heads, feed-forward 1024) make 28.0 M parameters. Positions start as waves (:func:`position_code`), not as noise:
-    they show from the start which tokens are neighbours.
+    It has learned positions and no time input. The published sizes (K = 1024, 16 x 13 x 16 tokens, 12 layers, width
+    512, 16 heads, feed-forward 1024) give 28.0 M parameters. Positions are initialised by :func:`position_code` instead
+    of noise, which shows from the start which tokens are neighbours.
 
     Args:
-        settings: layers (there may be none), width, heads and feed-forward of the transformer (Vaswani et al.,
-            "Attention Is All You Need", NeurIPS 2017), normalised before each of its two blocks; and the number of
-            residual blocks of two convolutions over the grid that come before it. A transformer has to learn for each
-            position anew what neighbours mean; a convolution learns it once for all of them.
+        settings: layers (0 for none), width, heads and feed-forward of the transformer (Vaswani et al., "Attention Is
+            All You Need", NeurIPS 2017), with normalisation before each of its two blocks; and the number of residual
+            blocks of two convolutions over the grid that come before it. A transformer has to learn what neighbours
+            mean at each position separately; a convolution learns it for all positions at once.
         codes: K; token K is MASK.
         grid: of the tokens of a pair; L is the product of its sizes.
     """
@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         self.codes, self.grid, self.length = codes, tuple(grid), math.prod(grid)
         self.token = nn.Embedding(codes + 1, width)
         self.position = nn.Parameter(position_code(grid, width) / 2)
-        from monai.networks.blocks.segresnet_block import ResBlock  # here: its import takes seconds
+        from monai.networks.blocks.segresnet_block import ResBlock  # here, because importing it takes seconds
 
         norm = ("group", {"num_groups": 8})
         self.convolutions = nn.Sequential(
@@ -80,9 +80,9 @@ class Denoiser(nn.Module):
 
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Keep PyTorch's encoder layers from their fast path, which writes down all attention, (heads, L, L).
+    """Disable the fast path of PyTorch's encoder layers, which stores all attention weights, (heads, L, L).
 
-    It does so under autocast, too, and, compiled, stays in 32 bit (pytorch/pytorch, issue 191796).
+    It also does so under autocast, and stays in 32 bit when compiled (pytorch/pytorch, issue 191796).
     """
     usual = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -95,10 +95,9 @@ def no_fast_path() -> Iterator[None]:
 def position_code(grid: Sequence[int], width: int) -> torch.Tensor:
     """Sines and cosines of the position of each token on its grid, float (L, width), in row-major order.
 
-    Along each axis, wavelengths from four tokens to four times its longest side, in equal ratios; what the
-    axes leave of ``width`` stays zero. As in Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5,
-    with an equal share of the width for each axis. MONAI's ``build_sincos_position_embedding`` does not take the
-    published width in 3D.
+    Along each axis, wavelengths range from four tokens to four times the grid's longest side, in equal ratios; unused
+    channels are zero. As in Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 3.5, with equal parts of
+    the width for all axes. MONAI's ``build_sincos_position_embedding`` does not support the published width in 3D.
     """
     frequencies = width // (2 * len(grid))
     slowest, fastest = math.pi / (2 * max(grid)), math.pi / 2  # radians per token
@@ -126,21 +125,21 @@ def mask_tokens(tokens: torch.Tensor, t: torch.Tensor, mask_token: int, generato
 def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Sum over the masked tokens of -ln p(token), in nats, (N,)."""
     loss = logits.new_zeros(tokens.shape, dtype=torch.float32)
-    loss[masked] = F.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")  # of those alone
+    loss[masked] = F.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")  # of these only
     return loss.sum(1)
 
 
 def reweighted_loss(predict: Predict, tokens: torch.Tensor, state: Masked, t: torch.Tensor) -> torch.Tensor:
-    """The published training loss: t uniform, cross-entropy on the masked tokens times (1 - t), per token, in bits.
+    """The published training loss: for uniform t, cross-entropy on the masked tokens times (1 - t), in bits per token.
 
-    Bond-Taylor et al. 2022, eq. 9: the exact bound weighs a step by 1 / t, which is nearly all noise at small t and
-    says little at large t; 1 - t is steadier and proportional to the share of the visible tokens.
+    Bond-Taylor et al. 2022, eq. 9: the exact bound weights a step by 1 / t, which is nearly all noise at small t and
+    carries little information at large t; 1 - t is less noisy and proportional to the share of visible tokens.
 
     Args:
         predict: the denoiser, tokens (N, L) -> logits (N, L, K).
         tokens: int64 (N, L), unmasked.
-        state: what :func:`mask_tokens` makes of them.
-        t: (N,), drawn uniformly from 0 to 1, with which they were masked.
+        state: the tokens after :func:`mask_tokens`.
+        t: (N,), drawn uniformly from 0 to 1, the probabilities with which they were masked.
 
     Returns:
         Scalar.
@@ -153,7 +152,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # tokens,
 
 
 def training_batch(tokens: torch.Tensor, mask_token: int, generators: Sequence[torch.Generator]) -> Batch:
-    """Sequences (N, L), each masked with its own t, uniform from 0 to 1, by its own generator."""
+    """Mask sequences (N, L), each with its own t, uniform from 0 to 1, from its own generator."""
     drawn = []
     for row, generator in zip(tokens.long()[:, None], generators, strict=True):
         t = torch.rand(1, generator=generator)
@@ -171,7 +170,7 @@ def training_loss(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 def bits_per_token(
     predict: Predict, tokens: torch.Tensor, mask_token: int, generator: torch.Generator, draws: int = 8
 ) -> torch.Tensor:
-    """The evidence lower bound as bits per token, an upper bound of -log2 p(tokens) / L, for each sequence (N,).
+    """The evidence lower bound as bits per token, an upper bound on -log2 p(tokens) / L, for each sequence (N,).
 
     The exact bound of the absorbing process in continuous time is the expectation, over n uniform on 1..L and a
     uniformly random set of n masked tokens, of the mean -log2 p over the masked tokens (Hoogeboom et al. 2022,
@@ -192,9 +191,9 @@ def bits_per_token(
 
 
 def draw_tokens(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """One token (...,) from each row of logits (..., K) at a temperature > 0; below 1 favours likely tokens.
+    """Draw one token (...,) from each row of logits (..., K) at a temperature > 0; below 1 favours likely tokens.
 
-    In 64 bit: categorical sampling in 32 bit lowers the effective temperature (Zheng et al. 2024, arXiv 2409.02908).
+    Draws in 64 bit: sampling in 32 bit lowers the effective temperature (Zheng et al. 2024, arXiv 2409.02908).
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -203,7 +202,7 @@ def draw_tokens(logits: torch.Tensor, temperature: float, generator: torch.Gener
     return drawn.reshape(logits.shape[:-1])
 
 
-# Which share of the tokens is masked, t, when a share of the steps remains.
+# From the share of the steps that remain to the share of the tokens that is masked, t.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "uniform": lambda remaining: remaining,
     "cosine": lambda remaining: math.sin(math.pi / 2 * remaining),
@@ -223,22 +222,22 @@ def reveal(
     """The published sampler, one step at a time: yields the tokens (N, L) after each of ``steps`` steps.
 
     With s steps remaining, each token that is still masked is revealed with probability 1 / s, so that the last step
-    reveals all the rest; revealed tokens are drawn from the denoiser's prediction, independently of each other.
+    reveals the rest; revealed tokens are drawn from the denoiser's prediction, independently of each other.
 
     Args:
         tokens: int64 (N, L) to start from: all MASK, or partly known.
         schedule: "uniform" as published, or "cosine" (Chang et al., "MaskGIT", CVPR 2022), which reveals few tokens
-            while little is known and each of them decides much, and more of them later.
+            at first, when little is known and each one matters most, and more later.
 
     Raises:
-        ValueError: for another schedule, and for a temperature that is not above 0.
+        ValueError: for an unknown schedule, or a temperature that is not above 0.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"the schedules are {', '.join(SCHEDULES)}, not {schedule!r}")
     tokens, masked = tokens.clone(), SCHEDULES[schedule]
     for left in range(steps, 0, -1):
         chance = torch.rand(tokens.shape, generator=generator, device=tokens.device)
-        share = 1 - masked((left - 1) / steps) / masked(left / steps)  # 1 / left, if it is uniform
+        share = 1 - masked((left - 1) / steps) / masked(left / steps)  # 1 / left on the uniform schedule
         now = (tokens == mask_token) & (chance < share)
         if now.any():  # a step that reveals nothing changes nothing
             tokens[now] = draw_tokens(predict(tokens)[now], temperature, generator)

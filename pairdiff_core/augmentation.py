@@ -10,8 +10,8 @@ from pairdiff_core import fields
 from pairdiff_core.profiles import Augmentation, Patches
 from pairdiff_core.training import Samples
 
-# From an image (*spatial), a coarser grid and a generator: a random motion (D, *grid) for that image, in voxels of the
-# grid, forwards: what is at x goes to x + u(x).
+# From an image (*spatial), a coarser grid and a generator to a random motion (D, *grid) of that image, in voxels of the
+# grid: what is at x moves to x + u(x).
 Motion = Callable[[torch.Tensor, Sequence[int], torch.Generator], torch.Tensor]
 
 
@@ -19,10 +19,10 @@ class WarpedPairs:
     """Batches of pairs of label maps uint8 (batch, 2, *spatial), each freshly warped by :func:`augment`.
 
     Args:
-        labels: (N, 2, *spatial), as many as ``samples`` has items.
-        samples: which pair comes when.
-        augmentation: None leaves them as they are.
-        motion: where other people's motions come from, if the augmentation asks for them.
+        labels: uint8 (N, 2, *spatial), one pair for each item of ``samples``.
+        samples: chooses the pairs of each step.
+        augmentation: None: no warps.
+        motion: draws other people's motions; None: no motions.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class WarpedPairs:
 
 
 class PatchesOfPairs:
-    """Batches of patches (batch, 2, *size) of warped pairs, ``cuts`` from each batch, at one random location a pair.
+    """Batches of patches (batch, 2, *size): ``cuts`` batches from each warped one, each pair cut at a random location.
 
-    Warping a volume takes longer than a training step on a patch of it, so each is used several times.
+    Warping a volume takes longer than a training step on a patch, so each warped volume is used several times.
     """
 
     def __init__(self, volumes: WarpedPairs, patches: Patches) -> None:
@@ -58,7 +58,7 @@ class PatchesOfPairs:
 
 
 def cut(labels: torch.Tensor, size: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """A patch (M, *size) of label maps (M, *spatial), all locations equally likely."""
+    """Cut a patch (M, *size) of label maps (M, *spatial) at a random location; all are equally likely."""
     free = torch.tensor(labels.shape[1:]) - torch.tensor(size) + 1
     starts = (torch.rand(len(free), generator=generator) * free).long().tolist()
     return labels[(..., *(slice(start, start + side) for start, side in zip(starts, size, strict=True)))]
@@ -70,18 +70,18 @@ def augment(
     generators: Sequence[torch.Generator],
     motion: Motion | None = None,
 ) -> torch.Tensor:
-    """Pairs of label maps uint8 (N, 2, *spatial), warped by random affine jitter and a random smooth flow.
+    """Warp pairs of label maps uint8 (N, 2, *spatial) with a random affine jitter and random smooth flows.
 
-    One affine and one flow are common to both images of a pair, which keeps their relation. A second flow of its
-    own moves each image. With a ``motion``, one of the two images also goes along a part of it: the moving image
-    forwards or the fixed one backwards, so that the two are farther from each other.
+    One affine and one flow are common to both images of a pair, which keeps their relation. A second flow moves each
+    image separately. With a ``motion``, a random share of it also moves one of the two images, the moving image
+    forwards or the fixed one backwards, so that they differ more.
 
     Args:
         generators: N, one for each pair.
-        motion: where motions come from; None for none.
+        motion: draws motions; None: no motions.
     """
     warped = torch.empty_like(labels)
-    for index, generator in enumerate(generators):  # one at a time: the fields of large volumes add up
+    for index, generator in enumerate(generators):  # one at a time: the fields of large volumes need much memory
         displacement = _random_warps(labels.shape[2:], augmentation, generator)
         if motion is not None:
             _add_motion(displacement, labels[index], motion, augmentation.motion, generator)
@@ -105,7 +105,7 @@ def _random_warps(spatial: torch.Size, augmentation: Augmentation, generator: to
 def _add_motion(
     displacement: torch.Tensor, labels: torch.Tensor, motion: Motion, most: float, generator: torch.Generator
 ) -> None:
-    """Let one image of a pair (2, *spatial) go along a share, at ``most``, of a motion, in place."""
+    """Add a random share, up to ``most``, of a motion to the warp of one image of a pair (2, *spatial), in place."""
     image = int(torch.randint(2, (1,), generator=generator))
     share = most * float(torch.rand(1, generator=generator))
     along = share * motion(labels[image], displacement.shape[2:], generator)[None]

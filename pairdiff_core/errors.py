@@ -1,4 +1,4 @@
-"""What a user can cause and mend: the command line reports these in one line and ends with 1."""
+"""Errors that a user can cause and fix: the command reports them in one line and exits with 1."""
 
 
 class PairDiffError(Exception):
@@ -6,7 +6,7 @@ class PairDiffError(Exception):
 
 
 class DataError(PairDiffError, ValueError):
-    """Data that is missing or not as it should be."""
+    """Data that is missing or invalid."""
 
 
 class CheckpointError(PairDiffError, RuntimeError):

@@ -1,11 +1,10 @@
 """Displacement fields: warp, compose, exponentiate, resize, measure, convert.
 
-One convention, used everywhere. A displacement ``u`` is a float tensor (N, D, *spatial) **in voxels**; channel d
+All functions share one convention. A displacement ``u`` is a float tensor (N, D, *spatial) **in voxels**; channel d
 runs along array axis d. The point x of the fixed image corresponds to x + u(x) in the moving image, so
-``warp(moving, u)`` looks like fixed. Voxel centres lie on integer coordinates and the field of view ends half a
-voxel outside the outermost centres (``align_corners=False``): index i of a grid that is f times coarser lies at
-f * i + (f - 1) / 2 on the fine one. 2D and 3D take the same path; D is read off the tensor. MONAI's ``Warp`` takes
-these displacements as they are.
+``warp(moving, u)`` looks like fixed. Voxel centres are at integer coordinates, and the field of view ends half a voxel
+outside the outermost centres (``align_corners=False``): index i of a grid that is f times coarser is at
+f * i + (f - 1) / 2 on the fine one. The same code handles 2D and 3D. MONAI's ``Warp`` accepts these displacements.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ def identity_grid(spatial: Sequence[int], device: torch.device | str | None = No
 
 
 def _voxels(spatial: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """The sides of a grid, (D, 1, ..., 1), to divide voxel coordinates (N, D, *any) by; of the type of ``like``."""
+    """The size of a grid as (D, 1, ..., 1), of the type of ``like``, to divide voxel coordinates (N, D, *any) by."""
     size = torch.tensor(tuple(spatial), dtype=like.dtype, device=like.device)
     return size.reshape(-1, *[1] * (like.dim() - 2))
 
 
 def _sample(image: torch.Tensor, places: torch.Tensor, mode: str, padding: str) -> torch.Tensor:
-    """Values of ``image`` (N, C, *spatial), as (N, C, *any), at places (N, D, *any): -1 and 1 are its outer edges."""
+    """Sample ``image`` (N, C, *spatial) at places (N, D, *any), -1 and 1 being its outer edges; gives (N, C, *any)."""
     grid = places.flip(1).movedim(1, -1)  # (N, D, *any) -> (N, *any, D); grid_sample wants the last axis first
     return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=False)
 
@@ -40,24 +39,24 @@ def _sample(image: torch.Tensor, places: torch.Tensor, mode: str, padding: str) 
 def warp(
     image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear", padding: str = "border"
 ) -> torch.Tensor:
-    """Pull ``image`` back through a displacement: the result at x is image(x + u(x)).
+    """Resample ``image`` with a displacement: the result at x is image(x + u(x)).
 
     Args:
-        image: float (N, C, *spatial), as is the result.
+        image: float (N, C, *spatial); the result has the same shape.
         displacement: float (N, D, *spatial), voxels.
-        mode: "bilinear" (linear in 3D too) or "nearest".
-        padding: what lies outside, "border" (the nearest voxel) or "zeros".
+        mode: "bilinear" (trilinear in 3D) or "nearest".
+        padding: the values outside the image, "border" (the nearest voxel) or "zeros".
     """
     spatial = tuple(image.shape[2:])
     if spatial != displacement.shape[2:]:
         raise ValueError(f"image grid {spatial} and displacement grid {tuple(displacement.shape[2:])} differ")
     size = _voxels(spatial, displacement)
     centres = (2 * identity_grid(spatial, displacement.device) + 1) / size - 1
-    return _sample(image, centres + displacement * (2 / size), mode, padding)  # all else is constant
+    return _sample(image, centres + displacement * (2 / size), mode, padding)  # the rest is constant
 
 
 def warp_at(image: torch.Tensor, displacement: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """Some voxels of ``warp(image, displacement)``, float (N, C, K), at the cost of these alone.
+    """Some voxels of ``warp(image, displacement)``, float (N, C, K), without computing the others.
 
     Args:
         image: float (N, C, *spatial).
@@ -72,12 +71,12 @@ def warp_at(image: torch.Tensor, displacement: torch.Tensor, voxels: torch.Tenso
 
 
 def warp_labels(labels: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
-    """Label maps (N, *spatial) at x + u(x), by nearest neighbour, same integer type."""
+    """Warp label maps (N, *spatial) by nearest neighbour; the result has the same integer type."""
     return warp(labels[:, None].to(displacement.dtype), displacement, mode="nearest")[:, 0].to(labels.dtype)
 
 
 def sample_at(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Linear interpolation of ``field`` (C, *spatial) at voxel coordinates ``points`` (K, D), as (K, C)."""
+    """Interpolate ``field`` (C, *spatial) linearly at voxel coordinates ``points`` (K, D); returns (K, C)."""
     dims = points.shape[1]
     coordinates = points.to(field.dtype).T.reshape(1, dims, -1, *[1] * (dims - 1))  # (K, D) -> (1, D, K, 1, ...)
     places = (2 * coordinates + 1) / _voxels(field.shape[1:], coordinates) - 1
@@ -86,15 +85,14 @@ def sample_at(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 def compose(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Go along ``first``, then along ``second``: first(x) + second(x + first(x)), all (N, D, *spatial) in voxels."""
+    """Compose displacements (N, D, *spatial) in voxels, ``first`` then ``second``: first(x) + second(x + first(x))."""
     return first + warp(second, first)
 
 
 def invert(displacement: torch.Tensor, steps: int = 60) -> torch.Tensor:
-    """The inverse of a displacement (N, D, *spatial) that does not fold: composed, the two are nearly 0.
+    """The inverse of a displacement (N, D, *spatial) that does not fold: composing the two gives nearly 0.
 
-    By the fixed-point iteration of Chen et al. (Medical Physics, 2008), halved at each step so that it converges for
-    steeper fields, too.
+    Chen et al. (Medical Physics, 2008): a fixed-point iteration; half steps make it converge for steeper fields, too.
     """
     inverse = torch.zeros_like(displacement)
     for _ in range(steps):
@@ -105,8 +103,8 @@ def invert(displacement: torch.Tensor, steps: int = 60) -> torch.Tensor:
 def exponentiate(velocity: torch.Tensor, squarings: int = 7) -> torch.Tensor:
     """Displacement at time 1 of the flow along a stationary velocity field (N, D, *spatial), in voxels.
 
-    Scaling and squaring (Arsigny et al., MICCAI 2006): the flow over 2**-squarings of the time is nearly the
-    scaled velocity itself; composing it with itself doubles the time. ``exponentiate(-v)`` is the inverse of
+    Scaling and squaring (Arsigny et al., MICCAI 2006): the flow over a time of 2**-squarings is nearly the scaled
+    velocity itself, and composing it with itself doubles the time. ``exponentiate(-v)`` is the inverse of
     ``exponentiate(v)`` up to interpolation.
     """
     displacement = velocity / 2**squarings
@@ -116,9 +114,9 @@ def exponentiate(velocity: torch.Tensor, squarings: int = 7) -> torch.Tensor:
 
 
 def smooth(field: torch.Tensor, times: int = 2) -> torch.Tensor:
-    """Smoothing of (N, C, *spatial) by a box of 3 voxels a side, ``times`` over.
+    """Smooth a field (N, C, *spatial) with a box of 3 voxels a side, ``times`` times.
 
-    The border is replicated, as zeros would pull a displacement to nothing at the edge, where lungs move most.
+    The border is replicated: zeros would shrink displacements at the edge, where lungs move most.
     """
     dims = field.dim() - 2
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[dims]
@@ -128,16 +126,16 @@ def smooth(field: torch.Tensor, times: int = 2) -> torch.Tensor:
 
 
 def resize_field(displacement: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
-    """A displacement (N, D, *old) on another grid over the same field of view, in the voxels of that grid."""
+    """Resample a displacement (N, D, *old) to another grid over the same field of view, in voxels of that grid."""
     old, new = tuple(displacement.shape[2:]), tuple(spatial)
     if old == new:
         return displacement
-    scaled = displacement * (_voxels(new, displacement) / _voxels(old, displacement))  # on the old grid, mostly smaller
+    scaled = displacement * (_voxels(new, displacement) / _voxels(old, displacement))  # the old grid is usually smaller
     return F.interpolate(scaled, size=new, mode=LINEAR[len(old)], align_corners=False)
 
 
 def resize_points(points: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> torch.Tensor:
-    """Voxel coordinates (..., D) on a grid of size ``old``, as those of a grid of size ``new``."""
+    """Convert voxel coordinates (..., D) from a grid of size ``old`` to one of size ``new`` over the same view."""
     ratio = torch.tensor([n / o for n, o in zip(new, old, strict=True)], dtype=points.dtype, device=points.device)
     return (points + 0.5) * ratio - 0.5
 
@@ -161,7 +159,7 @@ def random_velocity(
 
 
 def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
-    """Determinant of the Jacobian of x + u(x) at every voxel, (N, *spatial); 1 is no change of volume.
+    """Determinant of the Jacobian of x + u(x) at every voxel, (N, *spatial); 1 means no change of volume.
 
     Central differences inside, one-sided ones at the border. A value <= 0 means that the map folds there.
     """
@@ -172,15 +170,15 @@ def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
 
 
 def to_learn2reg(displacement: torch.Tensor) -> np.ndarray:
-    """One field (D, *spatial) in Learn2Reg's form: float32 (*spatial, D), voxels, fixed to moving."""
+    """Convert one field (D, *spatial) to Learn2Reg's format: float32 (*spatial, D), voxels, fixed to moving."""
     return displacement.movedim(0, -1).cpu().numpy().astype(np.float32)
 
 
 def to_itk(displacement: torch.Tensor, affine: np.ndarray) -> np.ndarray:
-    """One field (D, *spatial), in voxels, in ITK's form: float64 (*spatial, D), millimetres along the LPS axes.
+    """Convert one field (D, *spatial), in voxels, to ITK's format: float64 (*spatial, D), mm along the LPS axes.
 
-    ``affine`` is the (D + 1, D + 1) voxel-to-world matrix of the grid in RAS, as nibabel gives it: NIfTI counts right
-    and anterior positive, ITK left and posterior.
+    ``affine`` is the (D + 1, D + 1) voxel-to-world matrix of the grid in RAS, as in nibabel. Right and anterior are
+    positive in NIfTI, left and posterior in ITK.
     """
     dims = displacement.shape[0]
     ras = displacement.movedim(0, -1).cpu().numpy().astype(np.float64) @ np.asarray(affine)[:dims, :dims].T

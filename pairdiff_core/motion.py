@@ -1,4 +1,4 @@
-"""A model of motions: a mean displacement and the principal ways in which others differ from it."""
+"""A statistical model of motions: a mean displacement and principal components."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class MotionModel:
 
     Attributes:
         mean: float (1, D, *grid), voxels.
-        components: float (R, D, *grid), orthonormal, those of the largest variance first.
-        deviations: float (R,), standard deviation of the coefficient of each.
+        components: float (R, D, *grid), orthonormal, largest variance first.
+        deviations: float (R,), the standard deviation of each component's coefficient.
     """
 
     mean: torch.Tensor
@@ -26,7 +26,7 @@ class MotionModel:
     deviations: torch.Tensor
 
     def motion(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The displacement (1, D, *grid) with R coefficients or fewer, in standard deviations; made not to fold."""
+        """The displacement (1, D, *grid) of up to R coefficients, in standard deviations; smoothed if it would fold."""
         number = len(coefficients)
         return unfolded(
             self.mean + torch.tensordot(coefficients * self.deviations[:number], self.components[:number], 1)
@@ -38,7 +38,7 @@ class MotionModel:
 
 
 def motion_model(displacement: torch.Tensor, components: int = 16) -> MotionModel:
-    """Mean and principal components of displacements (M, D, *grid); fewer than M components."""
+    """Fit mean and principal components to displacements (M, D, *grid); at most M - 1 components."""
     mean, number = displacement.mean(0, keepdim=True), min(components, len(displacement) - 1)
     _, values, axes = torch.linalg.svd((displacement - mean).flatten(1), full_matrices=False)
     deviations = values[:number] / (len(displacement) - 1) ** 0.5
@@ -46,7 +46,7 @@ def motion_model(displacement: torch.Tensor, components: int = 16) -> MotionMode
 
 
 def unfolded(displacement: torch.Tensor) -> torch.Tensor:
-    """A displacement (1, D, *grid), smoothed as often as it takes for its determinant to stay above 0.15 everywhere."""
+    """Smooth a displacement (1, D, *grid) until its Jacobian determinant is at least 0.15 everywhere."""
     while fields.jacobian_determinant(displacement).min() < SMALLEST_DETERMINANT:
         displacement = (displacement + fields.smooth(displacement, times=1)) / 2
     return displacement

@@ -1,4 +1,4 @@
-"""A set of image pairs: the one kind of thing that flows through the whole project.
+"""A set of image pairs: the data structure that the whole project uses.
 
 A pair is two label maps on one grid, the *fixed* and the *moving* image. Real data, phantoms and decoded
 synthetic tokens are all a :class:`PairSet`; 2D slices and 3D volumes differ only in the number of spatial axes.
@@ -6,9 +6,13 @@ synthetic tokens are all a :class:`PairSet`; 2D slices and 3D volumes differ onl
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,18 +23,17 @@ from pairdiff_core.fields import LINEAR
 
 @dataclass(frozen=True, eq=False)
 class PairSet:
-    """Pairs of label maps with what is known about them.
+    """Pairs of label maps, with names, spacing and, if known, displacement and landmarks.
 
     Attributes:
         labels: uint8 (N, 2, *spatial); ``[:, 0]`` is the fixed, ``[:, 1]`` the moving image; 0 is background.
-        label_names: one name a label, index = label value, so C = ``len(label_names)`` counts the background.
+        label_names: the name of each label value, the background included; C is ``len(label_names)``.
         spacing: millimetres between voxel centres along each array axis.
-        names: one name a pair, ``fixed~moving``.
-        displacement: float (N, D, *spatial) in voxels, fixed to moving, where the truth is known; else None.
+        names: one per pair, ``fixed~moving``.
+        displacement: float (N, D, *spatial) in voxels, fixed to moving; None if the true one is not known.
         landmarks: for each pair a float tensor (K, 2, D) of voxel coordinates, ``[:, 0]`` in the fixed and
-            ``[:, 1]`` in the moving image; K is 0 for a pair without any in a set where others have some. None
-            where no pair has any.
-        label_colours: RGB, 0 to 255, one a label; None leaves the choice to the plot.
+            ``[:, 1]`` in the moving image; K is 0 for a pair without landmarks. None if no pair has any.
+        label_colours: RGB, 0 to 255, one per label; None leaves the choice to the figure.
 
     Raises:
         DataError: if shapes, types or label values do not fit together.
@@ -93,8 +96,8 @@ class PairSet:
         return self.labels[:, 1]
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> PairSet:
-        """Some of the pairs, again as a PairSet; a single index gives a set of one."""
-        chosen = torch.arange(len(self))[index].reshape(-1).tolist()  # IndexError for what is out of range
+        """A PairSet of some of the pairs; a single index gives a set of one."""
+        chosen = torch.arange(len(self))[index].reshape(-1).tolist()  # IndexError if out of range
         return replace(
             self,
             labels=self.labels[chosen],
@@ -104,12 +107,12 @@ class PairSet:
         )
 
     def one_hot(self) -> torch.Tensor:
-        """float (N, 2, C, *spatial): one channel a label."""
+        """float (N, 2, C, *spatial): one channel per label."""
         flat = one_hot(self.labels.flatten(0, 1), self.num_labels)  # (N, 2, *s) -> (2N, C, *s)
         return flat.unflatten(0, (len(self), 2))  # (2N, C, *s) -> (N, 2, C, *s)
 
     def swapped(self) -> PairSet:
-        """Fixed and moving exchanged. A known displacement is dropped: its inverse is not its negative."""
+        """The pairs with fixed and moving swapped, without displacement: its inverse is not its negative."""
         return replace(
             self,
             labels=self.labels.flip(1),
@@ -121,8 +124,8 @@ class PairSet:
     def resized(self, spatial: Sequence[int]) -> PairSet:
         """The same pairs on another grid over the same field of view.
 
-        Labels go by majority vote, displacement is interpolated and given in the new voxels, landmarks are
-        moved with their half-voxel (the centre of voxel 0 is not at the same place on both grids).
+        Labels are resized by majority vote. The displacement is interpolated and converted to the new voxels.
+        Landmarks keep their place, which includes a shift: the centres of voxel 0 of the two grids differ.
         """
         spatial = tuple(spatial)
         if spatial == self.spatial:
@@ -134,11 +137,10 @@ class PairSet:
     def pooled(self, factor: int) -> PairSet:
         """The same pairs on a grid ``factor`` times coarser along every axis, over the same field of view.
 
-        Labels go by maximum over each block of ``factor`` voxels a side, so that thin vessels survive (and grow; of
-        several labels the highest wins), where the majority vote of :meth:`resized` would lose them. Displacement is
-        averaged and given in the new voxels, landmarks are moved with their half-voxel. The *share* of each block that
-        a vessel fills is ``registration.pool`` of the one-hot maps at full size, not of these labels. DataError if
-        ``factor`` does not divide the grid.
+        Each block of ``factor`` voxels a side gets its highest label, so thin vessels are kept (and grow); the majority
+        vote of :meth:`resized` would lose them. The displacement is averaged and converted to the new voxels, and
+        landmarks keep their place. For the *share* of each block that a vessel fills, apply ``registration.pool`` to
+        the one-hot maps at full size, not to these labels. DataError if ``factor`` does not divide the grid.
         """
         if factor < 1 or any(size % factor for size in self.spatial):
             raise DataError(f"a grid of {self.spatial} voxels cannot be pooled by {factor}: it must divide each axis")
@@ -165,16 +167,16 @@ class PairSet:
 
 
 def one_hot(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Label maps (N, *spatial) as float (N, C, *spatial), one channel a label."""
+    """Convert label maps (N, *spatial) to float (N, C, *spatial), one channel per label."""
     return F.one_hot(labels.long(), num_labels).movedim(-1, 1).float()
 
 
 def resize_labels(labels: torch.Tensor, spatial: Sequence[int], num_labels: int) -> torch.Tensor:
-    """Label maps (N, *old) on another grid, uint8 (N, *spatial).
+    """Resample label maps (N, *old) to another grid, uint8 (N, *spatial).
 
-    Each new voxel takes the label that fills most of it: the area average of the one-hot maps when the grid
-    gets coarser, their linear interpolation when it gets finer. Of equals, the one that fills more of the voxels
-    around wins; a rule that looked at the label's number would shrink some structures for the others.
+    Each new voxel takes the label that fills most of it: the area average of the one-hot maps if the grid gets coarser,
+    their linear interpolation if it gets finer. Ties go to the label that fills more of the neighbouring voxels; a rule
+    based on label numbers would shrink some structures in favour of others.
     """
     spatial = tuple(spatial)
     coarser = all(new <= old for new, old in zip(spatial, labels.shape[1:], strict=True))
@@ -182,5 +184,17 @@ def resize_labels(labels: torch.Tensor, spatial: Sequence[int], num_labels: int)
     resized = []
     for image in labels:  # one at a time: 25 float channels of a whole set would not fit in memory
         shares = F.interpolate(one_hot(image[None], num_labels), size=spatial, mode=mode)
-        resized.append((shares + 1e-3 * fields.smooth(shares)).argmax(1))  # too little to outvote a voxel
+        resized.append((shares + 1e-3 * fields.smooth(shares)).argmax(1))  # decides ties only
     return torch.cat(resized).to(torch.uint8) if resized else labels.new_zeros((0, *spatial))
+
+
+def pack_labels(labels: torch.Tensor) -> dict[str, Any]:
+    """Label maps uint8 of any shape as text for JSON: ``shape`` and zlib-packed base85 ``bytes``."""
+    packed = base64.b85encode(zlib.compress(labels.contiguous().numpy().tobytes(), 9)).decode()
+    return {"shape": list(labels.shape), "bytes": packed}
+
+
+def unpack_labels(packed: dict[str, Any]) -> torch.Tensor:
+    """The label maps that :func:`pack_labels` packed."""
+    content = np.frombuffer(zlib.decompress(base64.b85decode(packed["bytes"])), dtype=np.uint8)
+    return torch.from_numpy(content.copy()).reshape(packed["shape"])

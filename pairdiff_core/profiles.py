@@ -1,8 +1,7 @@
-"""Every setting that makes a run small or large, in one place, and the names of data sets, splits and stages.
+"""All settings that make a run small or large, and the names of data sets, splits and stages.
 
-Three profiles: ``quick`` runs each chapter within a minute on two cores, ``laptop`` gives a real result on a CPU,
-``paper`` has the published sizes. The published 3D value stands beside each setting that differs from it; there is
-no published 2D network, so the 2D sizes are this book's own.
+There are three profiles: ``quick`` runs each chapter within a minute on two cores, ``laptop`` gives a real result on a
+CPU, and ``paper`` has the published sizes. Comments give the published 3D values; no 2D network has been published.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ class Augmentation:
 
     affine: float  # standard deviation of the entries of the affine matrix (published: 0.05)
     common: float  # voxels, standard deviation of a smooth velocity common to both images
-    own: float  # voxels, the same for each image alone
+    own: float  # voxels, the same for a velocity of each image's own
     smoothness: float  # voxels between the nodes of those velocities
     coarser: int = 1  # warps are composed on a grid this many times coarser, which is faster
-    motion: float = 0.0  # the largest share of another person's motion that one of the images goes along
+    motion: float = 0.0  # largest share of another person's motion that one of the images is moved by
 
 
 class Patches(NamedTuple):
-    """Patches of volumes to train on."""
+    """How patches of volumes are cut for training."""
 
     size: tuple[int, ...]  # voxels a side (published: 128)
     cuts: int  # batches of patches from each warped batch
@@ -42,7 +41,7 @@ class VQAESettings:
     """Stage 1, the paired VQ autoencoder."""
 
     channels: tuple[int, ...]  # published: 48 48 64 64 128 192 256 384
-    strides: tuple[int | tuple[int, ...], ...]  # published: 1 2 1 2 1 2 1 2, sixteen times down
+    strides: tuple[int | tuple[int, ...], ...]  # published: 1 2 1 2 1 2 1 2, a reduction by 16
     codes: int  # published: 1024
     fade_in: int  # training batches over which quantisation fades in (published: none)
     steps: int  # published: 336,000 samples
@@ -64,7 +63,7 @@ class DenoiserSettings:
     steps: int  # published: 120,000 samples
     batch: int
     learning_rate: float  # published: 1e-4
-    average: float  # decay of the moving average of the weights, a step
+    average: float  # decay per step of the moving average of the weights
     convolutions: int = 0  # residual blocks before the transformer's layers (published: none)
 
 
@@ -82,7 +81,7 @@ class Level(NamedTuple):
     """One level of an optimisation over velocities."""
 
     scale: int  # images are averaged over this many voxels a side
-    control: int  # velocities live on a grid this many times coarser than those
+    control: int  # velocities are on a grid this many times coarser than the averaged images
     steps: int  # of Adam
     learning_rate: float  # of Adam, in voxels of that grid
     bending: float = 0.0  # weight of the bending energy of the displacement (published: 0)
@@ -92,7 +91,7 @@ class CorrelationSettings(NamedTuple):
     """The first step of a registration network that compares features over a distance."""
 
     scale: int  # it sees images averaged over this many voxels a side
-    control: int  # features and velocity live on a grid this many times coarser than the images
+    control: int  # features and velocity are on a grid this many times coarser than the images
     reach: int  # cells of that grid, along each axis, over which features are compared
     features: int = 16
     width: int = 96  # channels of the layers that turn similarities into a velocity
@@ -100,9 +99,9 @@ class CorrelationSettings(NamedTuple):
 
 
 class UNetSettings(NamedTuple):
-    """A step of the registration network that is a U-Net."""
+    """A U-Net step of the registration network."""
 
-    scale: int  # its U-Net sees images averaged over this many voxels a side (published: 2)
+    scale: int  # it sees images averaged over this many voxels a side (published: 2)
     channels: tuple[int, ...]  # of MONAI's BasicUNet (published: 8 16 32 64 64 64)
 
 
@@ -110,27 +109,27 @@ class UNetSettings(NamedTuple):
 class RegistrationSettings:
     """Stage 5, registration: the network, its training, and the optimiser without training."""
 
-    unets: tuple[UNetSettings, ...]  # the steps of the network, the outermost first (published: two alike)
-    control: int  # its velocities live on a grid this many times coarser than the images (published: 2)
+    unets: tuple[UNetSettings, ...]  # the steps of the network, the outermost first (published: two equal ones)
+    control: int  # its velocities are on a grid this many times coarser than the images (published: 2)
     squarings: int  # published: 12
     smoothness: float  # weight of the squared gradient (published: 0.5)
     steps: int
     batch: int
     learning_rate: float
-    instance: tuple[Level, ...]  # of the network's answer, coarse to fine (published: one level of 50 steps)
-    baseline: tuple[Level, ...]  # the no-training baseline, coarse to fine
+    instance: tuple[Level, ...]  # instance optimisation, coarse to fine (published: one level of 50 steps)
+    baseline: tuple[Level, ...]  # the baseline without training, coarse to fine
     correlation: CorrelationSettings | None = None  # a step before the U-Nets (published: none)
-    scales: int = 1  # training compares images at this many scales, each half the last (published: 1)
-    repeats: int = 1  # of the last step when pairs are registered (published: 1, as in training)
-    merge: bool = False  # instance optimisation is of one velocity: the network's, added up, or zero
-    optimiser_smoothness: float | None = None  # as smoothness, of the optimiser; None: as in training
-    blur: float = 0.8  # of the images that the optimiser compares: standard deviation in voxels of the level
-    augmentation: Augmentation | None = None  # where its pairs are warped; None: the autoencoder's
-    breathing: Augmentation | None = None  # where its pairs go along other people's motions, too; None: augmentation
+    scales: int = 1  # training compares images at this many scales, each half the previous (published: 1)
+    repeats: int = 1  # how often the last step runs in registration (published: 1, as in training)
+    merge: bool = False  # instance optimisation starts from one velocity: the sum of the network's, or zero
+    optimiser_smoothness: float | None = None  # smoothness in optimisation; None: as in training
+    blur: float = 0.8  # blur of the images in optimisation: standard deviation in voxels of the level
+    augmentation: Augmentation | None = None  # for networks trained on warped pairs; None: the autoencoder's
+    breathing: Augmentation | None = None  # the same with other people's motions; None: augmentation
 
 
-# What the trained weights do not depend on, or what stands among the inputs of the networks that do (breathing): it may
-# differ from what a network was trained with.
+# A network may be used with other values of these than it was trained with: its weights do not depend on them, or the
+# value is among its recorded inputs (breathing).
 AFTER_TRAINING = (*("copies", "instance", "baseline", "repeats", "merge", "optimiser_smoothness", "blur", "breathing"),)
 
 
@@ -200,7 +199,7 @@ _LAPTOP_2D = Profile(
         channels=(16, 32, 32, 64, 64, 128),
         strides=(1, 2, 1, 2, 1, 2),
         codes=512,
-        fade_in=0,  # here it did harm: with 480 tokens and 1500 steps the loss ended at 0.81, without at 0.74
+        fade_in=0,  # fading in made it worse: the loss ended at 0.81, and at 0.74 without (480 tokens, 1500 steps)
         steps=1500,
         batch=8,
         learning_rate=2e-3,
@@ -212,14 +211,14 @@ _LAPTOP_2D = Profile(
         heads=4,
         feed_forward=256,
         copies=6,
-        steps=8000,  # many small batches: at equal cost, 4 pairs a step learn far more than 16
+        steps=8000,  # many small batches: at equal cost, 4 pairs per step learn far more than 16
         batch=4,
         learning_rate=2e-3,
         average=0.999,
     ),
-    # About as many as the real pairs. In 64 pairs of an earlier model the baseline displaced voxels by 4.99 on average
-    # after uniform steps at 0.9, by 5.21 after these, in real training pairs by 5.70; areas and bits per token came
-    # nearer to those of real pairs, too. Networks trained on either reached the same Dice on training pairs, 0.813.
+    # About as many as there are real pairs. On 64 pairs of an earlier model, the baseline's mean displacement was 4.99
+    # voxels with uniform steps at 0.9, 5.21 with these settings, and 5.70 on real training pairs; areas and bits per
+    # token also came closer to those of real pairs. Networks trained on either set had Dice 0.813 on training pairs.
     synthesis=SynthesisSettings(pairs=1024, steps=128, temperature=0.8, schedule="cosine"),
     mixed_precision=("synthesis",),  # twice as fast; bits per token change in the fourth digit
     registration=RegistrationSettings(
@@ -230,7 +229,7 @@ _LAPTOP_2D = Profile(
         steps=800,
         batch=4,
         learning_rate=2e-3,
-        instance=_BRAIN_LEVELS,  # training pairs: Dice 0.836; 0.831 by 30 steps of the last, 0.833 without network
+        instance=_BRAIN_LEVELS,  # Dice on training pairs 0.836; 30 steps of the last level 0.831, without network 0.833
         baseline=_BRAIN_LEVELS,
     ),
 )
@@ -243,7 +242,7 @@ _PAPER_2D = Profile(
     phantom_subjects=64,
     vqae=VQAESettings(
         channels=(48, 48, 64, 64, 128, 192, 256, 384),
-        strides=(1, 2, 1, 2, 1, 2, 1, 1),  # eight times down: a slice has far fewer voxels than a volume
+        strides=(1, 2, 1, 2, 1, 2, 1, 1),  # a reduction by 8: a slice has far fewer voxels than a volume
         codes=1024,
         fade_in=0,
         steps=42_000,  # 336,000 samples
@@ -277,8 +276,8 @@ _PAPER_2D = Profile(
     mixed_precision=("vqae", "denoiser", "synthesis"),  # where it is safe; `make bench` measures it
 )
 
-# The three-dimensional ones.
-# On volumes at full size; chapter 10 describes the trials on training pairs behind the steps and the bending energy.
+# The 3D profiles.
+# For volumes at full size; chapter 10 describes the trials on training pairs behind the steps and the bending energy.
 _LUNG_LEVELS = (Level(8, 2, 20, 0.3, 0.5), Level(4, 2, 20, 0.2, 0.5), Level(2, 4, 20, 0.2, 0.5))
 _HALVED_LUNG_LEVELS = tuple(level._replace(scale=level.scale // 2) for level in _LUNG_LEVELS)
 
@@ -293,10 +292,10 @@ _QUICK_3D = Profile(
         strides=(2, 2, 1),
         codes=256,
         fade_in=0,
-        steps=900,  # after a tenth of that, both images still come out as their average
+        steps=900,  # after a tenth of them, both images are still decoded as their average
         batch=2,
         learning_rate=4e-3,
-        # own warps of 1.0 make the two images differ less, and their average is left later
+        # with own=1.0 the two images differ less, and training takes longer to get past their average
         augmentation=Augmentation(affine=0.05, common=1.0, own=1.5, smoothness=12, coarser=4),
         patches=Patches((32, 24, 32), cuts=32),
     ),
@@ -306,7 +305,7 @@ _QUICK_3D = Profile(
         heads=4,
         feed_forward=64,
         copies=4,
-        steps=700,  # of one pair each: in equal time these learn more than 500 of two
+        steps=700,  # of one pair each: in the same time, these learn more than 500 of two pairs
         batch=1,
         learning_rate=1e-2,
         average=0.98,
@@ -324,7 +323,7 @@ _QUICK_3D = Profile(
         learning_rate=1e-2,
         instance=(Level(scale=1, control=4, steps=8, learning_rate=0.2),),
         baseline=(Level(2, 2, 20, 0.3), Level(1, 4, 10, 0.2)),
-        scales=3,  # with these and the repeats, synthetic pairs teach more of the motion
+        scales=3,  # with these and the repeats, a network learns more of the motion from synthetic pairs
         repeats=3,
         breathing=Augmentation(affine=0.05, common=1.0, own=0.5, smoothness=12, coarser=4, motion=1.0),
     ),
@@ -339,7 +338,7 @@ _LAPTOP_3D = Profile(
     phantom_subjects=10,
     vqae=VQAESettings(
         channels=(16, 32, 64, 64),
-        strides=(2, 2, (1, 1, 2), 1),  # tokens of 8 x 8 x 16 mm, long where breathing moves things
+        strides=(2, 2, (1, 1, 2), 1),  # tokens of 8 x 8 x 16 mm, longest along the axis of breathing
         codes=1024,
         fade_in=0,
         steps=4000,
@@ -360,8 +359,8 @@ _LAPTOP_3D = Profile(
         average=0.99,
         convolutions=4,
     ),
-    # Bits per token of 16 synthetic pairs of lungs under the denoiser itself, each to about 0.03: 3.20 by 256 uniform
-    # steps, 3.39 by 32 of those; 3.27 by 32 and 3.19 by 48 on a cosine schedule.
+    # Bits per token of 16 synthetic lung pairs under the denoiser itself, accurate to about 0.03: 3.20 with 256 uniform
+    # steps and 3.39 with 32; on a cosine schedule, 3.27 with 32 and 3.19 with 48.
     synthesis=SynthesisSettings(pairs=128, steps=48, temperature=0.9, schedule="cosine"),
     registration=RegistrationSettings(
         unets=(UNetSettings(2, (32, 32, 64, 128, 128, 32)),),
@@ -419,7 +418,7 @@ PROFILES = {
 
 
 def get_profile(name: str | None = None, spatial_dims: int = 2) -> Profile:
-    """The profile of that name for slices or volumes; without one, what ``PAIRDIFF_PROFILE`` names, else ``quick``.
+    """Find the profile of a name, for slices or volumes; the default is ``PAIRDIFF_PROFILE`` or, if unset, ``quick``.
 
     Raises:
         ValueError: for an unknown name; the message lists the profiles.
@@ -442,22 +441,22 @@ def with_levels(profile: Profile, levels: int | None = None, steps: int | None =
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-    """Settings as JSON holds them: dataclasses as dictionaries, tuples as lists."""
+    """Convert settings for JSON: dataclasses to dictionaries, tuples to lists."""
     return json.loads(json.dumps(asdict(settings)))
 
 
 def trained_settings(settings: Any) -> dict[str, Any]:
-    """:func:`to_json` of the settings of a stage without those that trained weights do not depend on."""
+    """:func:`to_json` of the settings of a stage, without those in ``AFTER_TRAINING``."""
     return {name: value for name, value in to_json(settings).items() if name not in AFTER_TRAINING}
 
 
 def profile_from_json(content: Mapping[str, Any]) -> Profile:
-    """The profile that :func:`to_json` described.
+    """Rebuild a profile from the result of :func:`to_json`.
 
     Raises:
-        ValueError: if it is not the description of a profile of this version; the message names what is wrong.
+        ValueError: if it is not a profile of this version; the message names the settings that are wrong.
     """
-    from pydantic import TypeAdapter, ValidationError  # here: its import takes longer than all else in this file
+    from pydantic import TypeAdapter, ValidationError  # here, because importing it takes long
 
     try:
         return TypeAdapter(Profile).validate_python(content)

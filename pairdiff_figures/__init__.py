@@ -1,8 +1,8 @@
 """The figures and animations of the book, in one style.
 
 ``show_...`` draws one image on a given Axes; ``..._figure`` returns a finished Figure, ``..._animation`` a player for a
-notebook. Fixed is blue and moving is orange, everywhere. Figures are already closed for pyplot: a notebook shows the
-one that a cell returns, once.
+notebook. Fixed is blue and moving is orange, everywhere. Figures are closed in pyplot, so that a notebook shows the
+one that a cell returns only once.
 """
 
 from .animations import player, slices_animation, slices_widget, unmasking_animation, warp_animation

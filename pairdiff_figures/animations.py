@@ -1,4 +1,4 @@
-"""Figures that move: players for slices and volumes, and a widget to browse the slices of a volume."""
+"""Animations: players for slices and volumes, and a widget to browse the slices of a volume."""
 
 import base64
 import io
@@ -22,11 +22,11 @@ from pairdiff_figures.style import FIXED, MASKED, MOVING, field_of_view, image_f
 FRAMES = 24  # at most, in a player of tokens
 PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB
 WIDGET_SLICES = 12  # at most
-WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels a voxel
+WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels per voxel
 BLENDS = 5  # images from fixed to warped in the widget
 DPI = 80
 COLOURS = 128  # of a frame's palette: keeps players small
-# For the buttons, in their order, instead of matplotlib's icons, whose font comes from another host
+# For the buttons, in order, instead of matplotlib's icons, whose font comes from another host
 SYMBOLS = ("&minus;", "|&#9664;", "&lsaquo;", "&#9664;", "||", "&#9654;", "&rsaquo;", "&#9654;|", "+")
 
 
@@ -34,8 +34,8 @@ def player(figure: Figure, draw: Callable[[int], None], frames: int, alt: str, m
     """A JavaScript player that needs no kernel and no network.
 
     Args:
-        draw: draws the frame of a number, 0 to ``frames`` - 1, on ``figure``.
-        alt: what the frames show, for those who cannot see them.
+        draw: draws the frame with a given number, 0 to ``frames`` - 1, on ``figure``.
+        alt: alternative text for what the frames show.
         mode: "once", "loop" or "reflect".
     """
     animation = FuncAnimation(figure, lambda frame: draw(frame) or [], frames=frames, interval=250)
@@ -49,7 +49,7 @@ def player(figure: Figure, draw: Callable[[int], None], frames: int, alt: str, m
 
 
 def _with_palette(match: re.Match[str]) -> str:
-    """The data address of a PNG in few colours, a third as large."""
+    """The data URL of a PNG, with fewer colours and a third as large."""
     image = Image.open(io.BytesIO(base64.b64decode(match[1].replace("\\\n", "")))).convert("RGB")
     small = io.BytesIO()
     image.quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
@@ -72,7 +72,7 @@ def unmasking_animation(states: torch.Tensor, mask_token: int, grid: tuple[int, 
     covers = []
     for ax, image, title, colour in zip(images, pairs.labels[0], ("fixed", "moving"), (FIXED, MOVING), strict=True):
         slices.show_labels(ax, image, pairs, title, colour, marks=title == "fixed")
-        cover = np.full((grid[1], grid[0], 3), to_rgb(MASKED))  # one pixel a token, over the field of view
+        cover = np.full((grid[1], grid[0], 3), to_rgb(MASKED))  # one pixel per token, over the field of view
         extent = (*ax.get_xlim(), *ax.get_ylim())
         covers.append(ax.imshow(cover, extent=extent, aspect=ax.get_aspect(), zorder=1.5))
 
@@ -112,7 +112,7 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
 def slices_with_vessels(pairs: PairSet, index: int, number: int) -> list[int]:
     """At most ``number`` coronal positions, evenly spread from a pair's first slice that shows vessels to its last.
 
-    A slice with less than a twentieth of what the fullest one has does not count: the first image would look empty.
+    Slices with less than a twentieth of the vessel of the fullest one do not count: the first image would look empty.
     """
     filled = (pairs.labels[index] > 0).any(0).sum((0, 2)).numpy()
     low, high = np.flatnonzero(filled >= 0.05 * filled.max())[[0, -1]]
@@ -120,7 +120,7 @@ def slices_with_vessels(pairs: PairSet, index: int, number: int) -> list[int]:
 
 
 def slices_animation(pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None) -> HTML:
-    """A player that goes through the coronal slices of a pair: both images before, and after registration.
+    """A player that goes through the coronal slices of a pair, before and, if there is one, after a registration.
 
     The displacement is float (3, H, W, D), voxels, fixed to moving; without one, the pair is shown as it is.
     """
@@ -153,7 +153,7 @@ def slices_widget(pairs: PairSet, index: int = 0, displacement: torch.Tensor | N
     classes = volumes.classes(pairs.fixed[index], moving)
     positions = slices_with_vessels(pairs, index, WIDGET_SLICES)
     across, _, along = pairs.spatial
-    times = min(8, -(-WIDGET_PIXELS // across))  # pixels a voxel
+    times = min(8, -(-WIDGET_PIXELS // across))  # pixels per voxel
     width, height = times * across, round(times * along * pairs.spacing[2] / pairs.spacing[0])
     layout = ipywidgets.Layout(width=f"{width}px", height=f"{height}px")
     leaf, blend = (

@@ -36,8 +36,8 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
     """Dice of each structure for several methods, and their mean.
 
     Args:
-        table: method to Dice, float (C - 1,) or (N, C - 1), 0 to 1; NaN is left out of the means. The order decides
-            a method's colour and marker: before, baseline, real, synthetic is the book's.
+        table: maps each method to its Dice, float (C - 1,) or (N, C - 1), 0 to 1; means leave out NaN. The order
+            decides a method's colour and marker: in the book, it is before, baseline, real, synthetic.
         label_names: C names, the background's first. Left and right are averaged.
     """
     members: dict[str, list[int]] = {}
@@ -108,8 +108,8 @@ def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tenso
 def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     """Cumulative landmark errors: for each method, the share of landmarks that are at most x mm off.
 
-    ``errors`` are method to target registration errors, float (K,), mm; K may differ. The order decides a method's
-    colour and marker. The marker is the median. The axis ends where 99 % of the landmarks of each method are shown.
+    ``errors`` maps each method to its target registration errors, float (K,), mm; K may differ. The order decides a
+    method's colour and marker. The marker is the median. The axis shows 99 % of the landmarks of each method.
     """
     figure, [[ax]] = closed_figure(1, 1, (7.5, 3.6))
     end = 1e-6

@@ -19,9 +19,9 @@ from pairdiff_figures.style import FIXED, GREY, MASKED, MOVING
 
 
 def _sides(image: np.ndarray, pairs: PairSet) -> str:
-    """Letters for the patient's sides, from left to right: where the labels named Left- and Right- lie.
+    """Letters for the patient's sides, from left to right, according to the labels named Left- and Right-.
 
-    If they are not there, left is at low indices of array axis 0: the data sets are loaded that way.
+    Without such labels, left is at low indices of array axis 0: the data sets are loaded that way.
     """
     sides = (np.array([name.startswith(side) for name in pairs.label_names]) for side in ("Left-", "Right-"))
     left, right = (np.nonzero(side[image])[0] for side in sides)
@@ -33,7 +33,7 @@ def show_labels(
 ) -> None:
     """Draw a label map in a frame of a ``colour``; FIXED and MOVING distinguish the two images.
 
-    ``marks`` are a scale bar and the patient's sides. One image of a row is enough.
+    ``marks`` adds a scale bar and the patient's sides; one image in a row is enough.
     """
     array = image.numpy(force=True)
     sides = _sides(array, pairs) if marks else ""
@@ -45,7 +45,7 @@ def show_overlap(
 ) -> None:
     """Draw the outlines of all structures of the fixed (blue) and the moving or warped image (orange).
 
-    The ground is grey where the two agree on a structure; ``marks`` as in :func:`show_labels`.
+    Voxels are grey where the two agree on a structure; ``marks`` as in :func:`show_labels`.
     """
     a, b = fixed.numpy(force=True), moving.numpy(force=True)
     ground = np.where(((a == b) & (a > 0))[..., None], np.full(3, 0.88), 1.0)
@@ -68,7 +68,7 @@ def show_grid(ax: Axes, displacement: torch.Tensor, pairs: PairSet, title: str =
 
 
 def show_tokens(ax: Axes, tokens: torch.Tensor, mask_token: int | None = None, title: str = "") -> None:
-    """Draw a grid of tokens, integers (H, W): a colour for each code, in no order as codes have none.
+    """Draw a grid of tokens, integers (H, W), with a colour for each code; similar colours mean nothing.
 
     Grey stands for ``mask_token``, the integer of a masked token, if there is one.
     """
@@ -86,7 +86,7 @@ def show_tokens(ax: Axes, tokens: torch.Tensor, mask_token: int | None = None, t
 
 
 def pair_figure(pairs: PairSet) -> Figure:
-    """The first pair: the fixed image, the moving image, and their outlines over each other."""
+    """The first pair: the fixed image, the moving image, and the outlines of both."""
     width, height = style.field_of_view(pairs)
     fixed, moving = pairs.labels[0]
     figure, [axes] = style.image_figure([width] * 3, [height])
@@ -100,7 +100,7 @@ def pair_figure(pairs: PairSet) -> Figure:
 def pairs_figure(sets: PairSet | Mapping[str, PairSet]) -> Figure:
     """The first three pairs of one or several sets, such as real and synthetic pairs, or pairs and reconstructions.
 
-    ``sets`` are a PairSet, or several by the name that is written beside their row. Each pair takes two columns.
+    ``sets`` is a PairSet, or maps the names of rows to several. Each pair takes two columns.
     """
     named = {"": sets} if isinstance(sets, PairSet) else sets
     first = next(iter(named.values()))

@@ -28,7 +28,7 @@ LINES = "#333333"
 MASKED = "#B8B8B8"
 
 # Mostly Tol's "muted" scheme; neighbouring structures stay distinct under simulated colour blindness. Left and
-# right share one colour. The data sets' own tables hold near-blacks and neighbours that look alike.
+# right share one colour. The data sets' own tables have almost black colours, and similar ones for neighbours.
 STRUCTURES = {
     "Cortex": "#CC6677",
     "Subcortical-Gray-Matter": "#44AA99",
@@ -51,7 +51,7 @@ STRUCTURES = {
 
 IMAGE, WIDTH = 2.9, 9.5  # inches, at most: width of one image and of a figure
 SCALE_BARS = (100, 50, 20, 10, 5, 2, 1)  # millimetres
-# Where letters stand on an Axes: two in the upper corners, or four at the left, right, top and bottom edge
+# Positions of letters on an Axes: two in the upper corners, or four at the left, right, top and bottom edge
 LETTERS_AT = {2: ((0.03, 0.98), (0.97, 0.98)), 4: ((0.02, 0.5), (0.98, 0.5), (0.5, 0.985), (0.5, 0.015))}
 
 
@@ -95,7 +95,7 @@ def closed_figure(rows: int, columns: int, size: tuple[float, float], **gridspec
 
 
 def legend_below(figure: Figure, columns: int, colours: Mapping[str, Any] | None = None) -> None:
-    """A legend below everything, for which the figure grows: of named colours, or of what the first Axes shows."""
+    """Add a legend of named colours, or of what the first Axes shows, below everything; the figure gets higher."""
     if colours is None:
         handles = figure.axes[0].get_legend_handles_labels()[0]
     else:
@@ -149,7 +149,7 @@ def show_image(
     ax.set(xlim=(-0.5, across - 0.5), ylim=limits, xticks=[], yticks=[], title=title, aspect=spacing[1] / spacing[0])
     ax.spines[:].set(visible=True, color=colour, linewidth=0.6 if colour == GREY else 2.5)
     if letters:
-        halo = [withStroke(linewidth=2.5, foreground="white")]  # keeps letters readable on dark ground
+        halo = [withStroke(linewidth=2.5, foreground="white")]  # keeps letters readable on dark images
         text = {"transform": ax.transAxes, "color": LINES, "path_effects": halo, "zorder": 4}
         for (x, y), letter in zip(LETTERS_AT[len(letters)], letters, strict=True):
             ha, va = ("left", "center", "right")[round(2 * x)], ("bottom", "center", "top")[round(2 * y)]

@@ -24,8 +24,8 @@ from pairdiff_figures.style import FIXED, GREY, LINES, MOVING
 
 CLASSES = np.array([to_rgb(colour) for colour in ("white", FIXED, MOVING, LINES)])  # of what `classes` returns
 TOGETHER_MM = 2.0  # two vessels no farther apart in depth are drawn as one
-FAR = 0.35  # strength of the colour of what lies farthest from you in a projection; the nearest has 1
-SHADES = 6  # levels of that strength: files get half as large and look the same
+FAR = 0.35  # strength of the colour of the farthest vessels in a projection; the nearest have 1
+SHADES = 6  # levels of that strength: this halves the size of files, which look the same
 LENGTHS = matplotlib.colormaps["viridis_r"].resampled(16)  # colours of lengths in millimetres
 ARROWS = 250  # at most, in one image
 
@@ -161,7 +161,7 @@ def volume_pair_figure(pairs: PairSet, slab_mm: float | None = None) -> Figure:
 def projections_figure(
     pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None, slab_mm: float | None = None
 ) -> Figure:
-    """Both images of a pair over each other in three planes, before registration and, in a second row, after it.
+    """Both images of a pair, overlaid in three planes, before registration and, in a second row, after it.
 
     The displacement is float (3, H, W, D), voxels, fixed to moving; without one, there is no second row. Both rows show
     the same slab, see :func:`project`.
@@ -186,7 +186,7 @@ def displacement_figure(pairs: PairSet, displacement: torch.Tensor, index: int =
     marks where the map folds, in any direction.
     """
     middle = pairs.spatial[1] // 2
-    slab = displacement[:, :, middle - 1 : middle + 2].detach().cpu().float()  # the neighbours are for the derivatives
+    slab = displacement[:, :, middle - 1 : middle + 2].detach().cpu().float()  # derivatives need the neighbours
     folded = fields.jacobian_determinant(slab[None])[0, :, 1] <= 0
     u = slab[:, :, 1]  # (3, across, along)
     length = (u * torch.tensor(pairs.spacing).reshape(3, 1, 1)).norm(dim=0).numpy()

@@ -1,4 +1,4 @@
-"""What several test files need: small folders in the layouts of neurite-oasis 2D and of Lung250M-4B."""
+"""Shared fixtures: small folders in the layouts of neurite-oasis 2D and of Lung250M-4B, and small trained runs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def write_table(path: Path, table: tuple[tuple[str, tuple[int, int, int]], ...])
 
 
 def write_oasis_folder(folder: Path, subjects: int = SUBJECTS, slices: tuple[str, ...] = SLICES) -> Path:
-    """Phantoms of 80 x 96 voxels in the neurite-oasis layout; like the original it stores left last.
+    """Phantoms of 80 x 96 voxels in the neurite-oasis layout, which stores the left side last.
 
-    Slice ``s`` of a subject is a phantom of its own; names are BRAIN_01_S00 and so on.
+    Each slice ``s`` of a subject is a different phantom; names are BRAIN_01_S00 and so on.
     """
     folder.mkdir(parents=True)
     write_table(folder / "seg4_labels.txt", phantom_brains.TISSUES)
@@ -56,20 +56,20 @@ def _oasis_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def oasis_folder(_oasis_original: Path, tmp_path: Path) -> Path:
-    """A small folder in the neurite-oasis layout, 5 subjects with 2 slices each; a test may spoil it."""
+    """A small folder in the neurite-oasis layout, 5 subjects with 2 slices each; a test may damage it."""
     return Path(shutil.copytree(_oasis_original, tmp_path / "slices"))
 
 
 @pytest.fixture
 def best_oasis_folder(_oasis_original: Path) -> Path:
-    """The real slices where the environment names them, else the small folder; not to be changed."""
+    """The real slices if the environment names them, otherwise the small folder; tests must not change it."""
     try:
         return find_oasis()
     except DataError:
         return _oasis_original
 
 
-LUNG_SHAPES = {  # small, so they lie in the middle of the common frame; no two of one size
+LUNG_SHAPES = {  # small, so that they fit into the middle of the common frame; all sizes differ
     "dilated_vessels_10": {"case_032": (40, 31, 36), "case_035": (20, 22, 300), "case_036": (33, 30, 41)},
     "dilated_vessels_ts": {
         "case_002": (36, 30, 34),
@@ -124,21 +124,21 @@ def _lung_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lung_folder(_lung_original: Path, tmp_path: Path) -> Path:
-    """A small folder in the published layout of the lung vessels; a test may spoil it."""
+    """A small folder in the published layout of the lung vessels; a test may damage it."""
     return Path(shutil.copytree(_lung_original, tmp_path / "lung250m"))
 
 
 @pytest.fixture
 def no_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the environment variables of the project away for one test."""
+    """Removes the project's environment variables for one test."""
     for variable in ("PAIRDIFF_OASIS2D", "PAIRDIFF_DATA", "PAIRDIFF_PROFILE"):
         monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """The small run after all its stages, and what they made: (Run, StageResults). Not to be changed."""
-    from small_run import small_run  # here: most test files need nothing of the pipeline
+    """The small run after all its stages, and their results: (Run, StageResults). Tests must not change it."""
+    from small_run import small_run  # here, because most test files do not need the pipeline
 
     from pairdiff_core import pipeline
 
@@ -148,7 +148,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple:
 
 @pytest.fixture(scope="session")
 def measured(trained: tuple) -> dict:
-    """What was measured of that run."""
+    """The measurements of that run."""
     from pairdiff_core import pipeline
 
     return pipeline.measure(*trained)
@@ -156,7 +156,7 @@ def measured(trained: tuple) -> dict:
 
 @pytest.fixture(scope="session")
 def trained_3d(tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """The small run on phantom lungs with one registration network, "synthetic": (Run, Trained). Not to be changed."""
+    """The small run on phantom lungs with one registration network, "synthetic": (Run, Trained); read only."""
     from small_run import small_run_3d
 
     from pairdiff_core import pipeline

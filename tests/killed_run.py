@@ -1,8 +1,8 @@
-"""Repeat a run, kill it again and again at moments drawn in advance, and compare its results with the calm run's.
+"""Repeat a run, kill it several times at moments drawn in advance, and compare its results with the original's.
 
     python tests/killed_run.py runs/calm runs/killed --data DIR --json book/results/killed.json
 
-Not a test of ``make test``: it takes as long as the run. It may itself be stopped; the same command goes on.
+This is not part of ``make test``: it takes as long as the run. If it is stopped, the same command continues.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pairdiff_core.profiles import STAGES
 from pairdiff_core.storage import fingerprint, load_checkpoint, write_json
 
 CHECKPOINTS = ("vqae", "tokens", "denoiser", "synthesis", "registration-real")  # one of each stage
-DIFFERENT = {"provenance", "stages", "date"}  # of two runs of the same bits, like all seconds
+DIFFERENT = {"provenance", "stages", "date"}  # fields that may differ between equal runs, like all seconds
 
 
 def repeat(calm: Path, killed: Path, data: Path | None, kills: int, seed: int) -> dict[str, Any]:
-    """Run CALM's commands in KILLED until all is done, killing them that often; returns the kills and the seconds."""
+    """Run CALM's commands in KILLED until all is done, with ``kills`` kills; returns the kills and the seconds."""
     run, log = open_run(calm), killed.parent / f"{killed.name}.kills.json"
     measured = json.loads((calm / "metrics.json").read_text())
     if log.exists():
         record = json.loads(log.read_text())
-    else:  # this time the machine may be faster, and all moments have to come
+    else:  # draw moments early enough for all of them to come, even if the machine is faster this time
         whole, draw = 0.6 * measured["provenance"]["wall_seconds"], random.Random(seed)
         record = {"moments": sorted(draw.uniform(0, whole) for _ in range(kills)), "kills": [], "worked_seconds": 0.0}
     made_by = dict(zip(STAGES, (measured["stages"][name] for name in CHECKPOINTS), strict=True))
@@ -45,7 +45,7 @@ def repeat(calm: Path, killed: Path, data: Path | None, kills: int, seed: int) -
 
 
 def _ended(command: list[str], environment: dict[str, str], record: dict[str, Any], stage: str, log: Path) -> bool:
-    """Start the command; kill it when the next moment has come. Whether it ended by itself, and well."""
+    """Start the command, and kill it at the next moment; returns whether it ended by itself without an error."""
     process = subprocess.Popen(command, env=environment)
     before, started = record["worked_seconds"], time.monotonic()
     try:
@@ -68,7 +68,7 @@ def _ended(command: list[str], environment: dict[str, str], record: dict[str, An
 
 
 def compare(calm: Path, killed: Path) -> dict[str, bool]:
-    """For each checkpoint whether its tensors have the same bits, and whether ``metrics.json`` says the same."""
+    """Whether each checkpoint has the same bits in both folders, and ``metrics.json`` the same content."""
     same = {}
     for path in sorted(calm.glob("*.safetensors")):
         bits = [fingerprint(*load_checkpoint(folder / path.name)[0].values()) for folder in (calm, killed)]

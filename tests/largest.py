@@ -1,4 +1,4 @@
-"""How much memory work takes at once, as far as it can be seen from outside."""
+"""Measures how much memory an operation needs at once, as far as PyTorch shows it."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """Inside, ``numel`` is the size of the largest new tensor of a type that any operation has made.
+    """A context in which ``numel`` is the size of the largest tensor of a type that any operation has made.
 
     Float tensors are maps, activations, logits and displacements; label maps are uint8, and tokens other integers.
     """

@@ -42,7 +42,7 @@ def small_run(folder, seed=0, saving=None, **changes):
 
 
 def small_run_3d(folder, seed=0):
-    """The same on phantom lungs at the quick size, the autoencoder on patches of them."""
+    """The same on phantom lungs at the quick size, with an autoencoder trained on patches."""
     quick = get_profile("quick", 3)
     profile = replace(
         quick,

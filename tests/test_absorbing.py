@@ -1,4 +1,4 @@
-"""The absorbing process: its contracts, its bound and its sampler, against a toy whose joint is known exactly."""
+"""Absorbing diffusion: its functions, its bound and its sampler, on a toy problem with a known joint distribution."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def sequences():
 
 @pytest.fixture(scope="module")
 def exact(joint, sequences):
-    """The perfect denoiser: conditionals of every token given the ones that are not masked."""
+    """The perfect denoiser: the conditional distribution of each token given those that are not masked."""
 
     def predict(tokens):
         known = tokens[:, None] != MASK  # (N, 1, L)
@@ -74,7 +74,7 @@ def test_nothing_is_masked_at_0_and_everything_at_1():
 
 
 def test_the_bound_of_the_perfect_denoiser_is_the_entropy(joint, sequences, exact):
-    """With exact conditionals every order of revealing gives the same likelihood, so the bound is tight."""
+    """With exact conditionals, all orders of revealing have the same likelihood, so the bound is tight."""
     expected = -joint.log2()  # bits of each sequence
     many = sequences.repeat(20, 1)
     found = absorbing.bits_per_token(exact, many, MASK, seeded(), draws=4 * LENGTH).reshape(20, -1).mean(0)
@@ -103,7 +103,7 @@ def total_variation(samples, joint):
 
 @pytest.mark.parametrize("schedule", ["uniform", "cosine"])
 def test_one_token_at_a_time_samples_the_joint(joint, exact, schedule):
-    """With many more steps than tokens hardly two are revealed together, and the sampler is exact."""
+    """With many more steps than tokens, two are rarely revealed together, and the sampler is nearly exact."""
     number = 4_000
     samples = absorbing.sample(exact, number, LENGTH, MASK, seeded(), steps=128, schedule=schedule)
     noise = 0.5 * math.sqrt(2 / math.pi) * (joint * (1 - joint) / number).sqrt().sum()  # of a perfect sampler
@@ -111,7 +111,7 @@ def test_one_token_at_a_time_samples_the_joint(joint, exact, schedule):
 
 
 def test_all_tokens_at_once_samples_the_marginals_only(joint, exact):
-    """One step reveals all tokens independently: right marginals, wrong joint. The published sampler's price."""
+    """One step reveals all tokens independently: the marginals are right, but the joint distribution is not."""
     samples = absorbing.sample(exact, 20_000, LENGTH, MASK, seeded(), steps=1)
     marginals = exact(torch.full((1, LENGTH), MASK))[0].exp()  # (L, K)
     found = one_hot(samples, CODES).double().mean(0)
@@ -156,7 +156,7 @@ def test_temperature_sharpens_as_the_formula_says():
 
 
 def test_rare_tokens_keep_their_chance():
-    """Gumbel noise in 32 bit cannot draw what is rarer than about 1 in 10^7; 64 bit can, and does at 1 in 10^4."""
+    """Gumbel noise in 32 bit cannot draw tokens rarer than about 1 in 10^7; here 64 bit draws one of 1 in 10^4."""
     logits = torch.tensor([[0.0, math.log(1e-4)]]).expand(1_000_000, 2)
     drawn = absorbing.draw_tokens(logits, 1.0, seeded())
     assert int(drawn.sum()) == pytest.approx(100, abs=40)
@@ -184,7 +184,7 @@ def test_positions_that_are_near_have_codes_that_are_near(grid, width):
 
 
 def test_the_denoiser_learns_a_toy_joint(joint, sequences):
-    """Trained by its training loss on samples of the toy, its bound comes near the entropy."""
+    """After training on samples of the toy problem, the bound is close to the entropy."""
     denoiser = small_denoiser((LENGTH,), layers=2, width=32, feed_forward=64).train()
     adam, generator = torch.optim.Adam(denoiser.parameters(), 3e-3), seeded()
     for _ in range(300):

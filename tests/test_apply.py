@@ -64,7 +64,7 @@ def test_simpleitk_nibabel_and_monai_give_the_same_voxels(files, form):
     assert labels.dtype == np.uint8 and scan.dtype == np.float32
     for name, found, interpolator in (("moving", labels, "NearestNeighbor"), ("scan", scan, "Linear")):
         expected = by_simpleitk(files["itk"], files[name], files["fixed"], getattr(sitk, f"sitk{interpolator}"))
-        assert np.isclose(found, expected, atol=0.05).mean() > 0.999  # halves and the very edge may go either way
+        assert np.isclose(found, expected, atol=0.05).mean() > 0.999  # halves and edges may be rounded either way
 
     voxels = nib.load(files["l2r"]).get_fdata(dtype=np.float32)
     places = np.indices(SHAPE) + np.moveaxis(voxels, -1, 0)
@@ -235,7 +235,7 @@ def test_landmarks_in_voxels_without_names(files, tmp_path):
 
 
 def test_what_a_landmark_marks_stays_marked(tmp_path):
-    """A bright voxel of the moving image comes to lie where the landmark of the fixed image was."""
+    """A bright voxel of the moving image is warped to the landmark of the fixed image."""
     fixed = write(tmp_path / "f.nii", boxes(), oblique())
     displacement = torch.zeros(3, *SHAPE)
     displacement[0], displacement[1] = 3.0, -2.0
@@ -281,7 +281,7 @@ def test_what_are_no_landmarks_is_one_line(files, tmp_path, kind):
 
 def test_what_is_no_field_is_one_line(files, tmp_path):
     out = tmp_path / "x.nii"
-    fails(call("apply", files["scan"], files["moving"], "--out", out), str(files["scan"]), "no displacement field")
+    fails(call("apply", files["scan"], files["moving"], "--out", out), str(files["scan"]), "not a displacement field")
     broken = nib.load(files["l2r"]).get_fdata()
     broken[3, 3, 3] = np.nan
     fails(call("apply", write(tmp_path / "n.nii", broken), files["moving"], "--out", out), "n.nii holds NaN")
@@ -295,7 +295,7 @@ def test_what_is_no_field_is_one_line(files, tmp_path):
 def test_a_flat_field_is_not_for_volumes(files, tmp_path):
     path = write(tmp_path / "f.nii", boxes((40, 36)))
     write_field(tmp_path / "u.nii", read_pair(path, path), torch.zeros(2, 40, 36))
-    with pytest.raises(DataError, match="field of two dimensions, but .*moving.nii.gz is a volume"):
+    with pytest.raises(DataError, match="two-dimensional field, but .*moving.nii.gz is a volume"):
         read_field(tmp_path / "u.nii").onto(read_pair(files["moving"], files["moving"]).grids[0], files["moving"])
 
 

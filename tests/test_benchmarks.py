@@ -1,4 +1,4 @@
-"""The benchmarks: both sides do the same work, and the numbers are what they say. No timings."""
+"""The benchmarks: both sides do the same work, and the numbers are right. Nothing is timed here."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_the_published_networks_have_their_sizes():
 
 
 class Translation(torch.nn.Module):
-    """The least that can be optimised: one displacement for all voxels, and its inverse."""
+    """The simplest trainable registration: one displacement for all voxels, and its inverse."""
 
     def __init__(self):
         super().__init__()
@@ -62,14 +62,14 @@ def test_the_published_training_step_starts_near_the_identity():
 
 
 def bump(*spatial):
-    """A smooth displacement (1, 3, *spatial) in voxels, other along each axis and zero at the border."""
+    """A smooth displacement (1, 3, *spatial) in voxels, different along each axis and zero at the border."""
     axes = [torch.linspace(0, torch.pi, size).sin() for size in spatial]
     height = axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None]
     return torch.tensor([3.0, -2.0, 1.0]).reshape(1, 3, 1, 1, 1) * height
 
 
 def in_units_of_grid_sample(displacement):
-    """As the published side has it: x first, and two units from edge to edge."""
+    """The published convention: x first, and two units from edge to edge."""
     voxels = torch.tensor(displacement.shape[2:]).reshape(1, 3, 1, 1, 1)
     return (2 * displacement / voxels).flip(1)
 
@@ -100,7 +100,7 @@ def test_both_autoencoders_give_the_same_for_the_same_weights():
 
 
 def test_the_timed_training_step_is_that_of_our_autoencoder():
-    """Its codebook starts on the latents, so the first loss is that without a codebook; the published one's is not."""
+    """Its codebook starts on the latents, so its first loss is that without a codebook, unlike the published one's."""
     torch.manual_seed(0)
     plain, labels = published.Autoencoder(), rows.pair_of_labels((32, 32, 32))
     logits = plain.network(labels.float()).unflatten(1, (2, 2)).flatten(0, 1)
@@ -132,7 +132,7 @@ def test_both_samplers_reveal_everything_and_keep_to_what_is_certain(sample):
 
 @pytest.mark.parametrize("amount", [0.0, 1.0], ids=["identity", "displaced"])
 def test_both_registration_losses_are_the_same_but_for_a_factor(amount):
-    """The published one adds up both directions, ours is their mean, with half the weight of the squared gradient."""
+    """The published one is the sum over both directions, ours the mean, with half the weight of the gradient."""
     fixed, moving = rows.pair_of_maps(TINY)
     displacement = amount * bump(*TINY.spatial)
     both = in_units_of_grid_sample(displacement), in_units_of_grid_sample(-displacement)
@@ -225,7 +225,7 @@ def run_command(monkeypatch, main, *arguments):
 
 
 def test_the_command_prints_and_writes_its_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rows, "peak_gib", lambda *_: 0.5)  # in another process: seen above
+    monkeypatch.setattr(rows, "peak_gib", lambda *_: 0.5)  # needs another process, and is tested above
     monkeypatch.setattr(vqae, "LARGE", 0)  # tokens as few as these are decoded in tiles, too
     monkeypatch.setattr(vqae, "TILE", 2**20)
     parts = ("autoencoder", "decode", "denoiser", "sampling")

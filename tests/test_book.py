@@ -108,7 +108,7 @@ CSS_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 
 class LoadedElsewhere(HTMLParser):
-    """Collects addresses on other hosts that a browser loads to show a page; links to follow do not count."""
+    """Collects addresses on other hosts that a browser loads to show a page; ordinary links do not count."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Motions of breathing: fitted to correspondences, laid into other lungs, and a model of them."""
+"""Breathing motions: fitted to correspondences, transferred to other lungs, and a model of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def correspondences(number: int = 4000, depth: float = 20.0, seed: int = 0) -> torch.Tensor:
-    """Points in the standard box that sink, more at the base than at the apex, as (K, 2, 3) in mm."""
+    """Points in the standard box that move down, more at the base than at the apex, as (K, 2, 3) in mm."""
     low, high = STANDARD_BOX
     fixed = low + (high - low) * torch.rand((number, 3), generator=seeded(seed))
     share = (high[2] - fixed[:, 2]) / (high - low)[2]
@@ -70,7 +70,7 @@ def test_a_motion_of_another_size_and_place_is_the_same_in_the_standard_box():
 
 @pytest.mark.parametrize("spatial", [(64, 52, 64), (32, 26, 32)])
 def test_a_motion_is_laid_into_another_box(spatial):
-    """Half as large a box: half as far, at the corresponding place."""
+    """In a box of half the size, the corresponding point moves half as far."""
     motion, _ = fit(correspondences())
     box = torch.stack([STANDARD_BOX[0], STANDARD_BOX.mean(0)])
     mm = torch.tensor(FRAME) / torch.tensor(spatial)
@@ -92,7 +92,7 @@ def test_the_box_of_an_image_is_that_of_its_vessels():
 
 
 def test_a_phantom_goes_along_a_motion_and_back():
-    """Both images are one: the moving one breathes out, or the fixed one is pulled back; the motion is the truth."""
+    """Both images are the same; the moving one is moved forwards or the fixed one backwards by a known motion."""
     image = lung_pairs(1, spatial=(64, 52, 64)).fixed[0]
     motions = fit_motions({"case": correspondences(depth=30.0)})
     whole = Augmentation(**{**vars(STILL), "motion": 1.0})
@@ -107,7 +107,7 @@ def test_a_phantom_goes_along_a_motion_and_back():
         torch.randint(2, (1,), generator=random)
         share = torch.rand(1, generator=random).item()
         forwards = share * fields.resize_field(motions(image, (64, 52, 64), seeded())[None], (64, 52, 64))
-        back = fields.warp_labels(moving[None], forwards)[0]  # what is at x in fixed is at x + u(x) in moving
+        back = fields.warp_labels(moving[None], forwards)[0]  # x in fixed corresponds to x + u(x) in moving
         both, either = ((back > 0) & (fixed > 0)).sum(), (back > 0).sum() + (fixed > 0).sum()
         still = 2 * ((moving > 0) & (fixed > 0)).sum() / ((moving > 0).sum() + (fixed > 0).sum())
         assert 2 * both / either > max(0.75, still)

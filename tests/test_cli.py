@@ -43,7 +43,7 @@ COMMANDS = ("info", "fetch", "run", "register", "apply", "evaluate", "export")
 HEAVY = {"torch", "monai", "nibabel", "numpy", "scipy", "matplotlib", "lightning_fabric", "SimpleITK"}
 BOUNDED = settings(
     deadline=None,
-    derandomize=True,  # the same cases each time: a failure is the change's, not the dice's
+    derandomize=True,  # the same cases each time, so that a failure is due to a change
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -53,7 +53,7 @@ def call(*arguments: object) -> Result:
 
 
 def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own: codes and streams are what a shell sees."""
+    """Run the command in a process of its own, with the exit code and streams that a shell sees."""
     command = [sys.executable, "-m", "pairdiff_core", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -94,7 +94,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, no_data_set: None) -> None:
-    """The profiles quick and laptop are those of the small runs, so that commands take seconds."""
+    """Replace the profiles quick and laptop by those of the small runs, so that commands take seconds."""
     for run in (small_run("unused"), small_run_3d("unused")):
         profile = with_levels(replace(run.profile, max_pairs=2), steps=2)
         for name in ("quick", "laptop"):
@@ -143,7 +143,7 @@ WRONG_USE = {
 
 
 def test_help_and_wrong_use_import_nothing_heavy_and_write_nothing(files, tmp_path):
-    """They answer within a second: what takes longer are the imports. All in one process, which imports ever more."""
+    """They have to answer within a second, and imports take longer. One process runs all calls: imports add up."""
     calls = [["--help"], *([command, "--help"] for command in COMMANDS)]
     calls += [[*command.split(), *options.split()] for command in WRONG_USE for options in WRONG_USE[command]]
     ask = (
@@ -180,7 +180,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
     "error, said",
     [
         (KeyboardInterrupt(), "interrupted"),
-        (MemoryError(), "memory ran out. Give coarser or cropped volumes"),
+        (MemoryError(), "memory ran out. Use coarser or cropped volumes"),
         (torch.OutOfMemoryError("CUDA out of memory."), "memory ran out"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
         (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
@@ -279,7 +279,7 @@ def test_fetch_that_fails(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_paused_goes_on(small, tmp_path):
-    """Each time one step further; in the end the folder has everything."""
+    """Each call gets one step further; in the end, the folder is complete."""
     command = ("run", "all", "--dataset", "phantom2d", "--run", tmp_path, "--pairs", 9)
     for step in (1, 2):
         paused = works(call(*command, "--max-minutes", 0))
@@ -301,7 +301,7 @@ def test_a_run_that_is_paused_goes_on(small, tmp_path):
 
 
 def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeypatch):
-    """Repeated, it reads no data and no checkpoint, and decodes no pair, as long as nothing has changed."""
+    """If nothing has changed, a repeated command reads no data and no checkpoint, and decodes no pair."""
     measure = importlib.import_module("pairdiff_core.pipeline.measure")  # the function has its name
     monkeypatch.setattr(measure, "code_hash", lambda: "the code of today")
     folder = tmp_path / "run"
@@ -316,7 +316,7 @@ def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeyp
             patched.setattr(module, name, None)
         again = works(call(*command))
         relative = works(call(*command[:-1], os.path.relpath(folder)))
-    assert again.stdout == f"{folder} is finished: nothing was done again\n{first.stdout}" and not again.stderr
+    assert again.stdout == f"{folder} is finished: nothing was repeated\n{first.stdout}" and not again.stderr
     assert relative.stdout.count("\n") == again.stdout.count("\n")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     spoilt = bytearray(before[folder / "vqae.safetensors"])
@@ -384,14 +384,14 @@ def test_pairs_of_a_pretrained_model_need_no_data(without_data, trained, tmp_pat
     works(call(*draw, "--seed", 1, "--to", "others"))
     assert not all(np.array_equal(values, made[name]) for name, values in volumes(tmp_path / "others").items())
     fails(call(*draw, "--to", "pairs"), "pairs exists and is not empty")
-    fails(call("run", "synthesis", "--model", "nothing", "--to", "new"), "nothing is no folder and no pretrained model")
+    fails(call("run", "synthesis", "--model", "nothing", "--to", "new"), "nothing is neither a folder nor a pretrained")
     assert sorted(os.listdir()) == ["models", "others", "pairs"]
 
 
 def test_a_run_with_pretrained_models_makes_and_exports_the_same_pairs_without_data(
     without_data, tmp_path, monkeypatch
 ):
-    """And no tokens of training pairs; also where the models are named no more when the pairs are exported."""
+    """It makes no tokens of training pairs, and exports even if the models are no longer named."""
     works(call("run", "synthesis", "--dataset", "phantom2d", "--run", "r", "--pairs", 3))
     assert not list(Path("r").glob("tokens*"))
     works(call("export", "--run", "r", "--to", "exported"))
@@ -399,7 +399,7 @@ def test_a_run_with_pretrained_models_makes_and_exports_the_same_pairs_without_d
     exported, drawn = volumes(tmp_path / "exported"), volumes(tmp_path / "drawn")
     assert exported.keys() == drawn.keys() and all(np.array_equal(exported[name], drawn[name]) for name in drawn)
     monkeypatch.delenv("PAIRDIFF_MODELS")
-    fails(call("export", "--run", "r", "--to", "again"), "was made with another autoencoder", "Set PAIRDIFF_MODELS")
+    fails(call("export", "--run", "r", "--to", "again"), "was made with a different autoencoder", "Set PAIRDIFF_MODELS")
     monkeypatch.setattr(models, "MODELS", without_data.parent)
     works(call("export", "--run", "r", "--to", "again"))
 
@@ -586,7 +586,7 @@ def test_bars_are_shown_in_a_terminal_and_not_with_quiet(files, tmp_path):
 
 
 def in_a_terminal(command: list[str]) -> str:
-    """What a command writes to stderr where that is a terminal."""
+    """What a command writes to stderr if that is a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     process, shown = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs), b""
@@ -608,7 +608,7 @@ def of_size(spatial: tuple[int, ...], labels: int) -> PairSet:
 
 
 def test_long_work_is_told_before_it_is_done(capsys, monkeypatch):
-    """200 labels and 512 voxels a side; what two processors do within seconds is not mentioned."""
+    """For 200 labels and 512 voxels a side; work that takes two processors seconds is not announced."""
     monkeypatch.setenv("PAIRDIFF_DEVICE", "cpu")
     laptop = get_profile("laptop", 3)
     sides = [cost.expected_cost(of_size((side,) * 3, 3), laptop) for side in (64, 128, 256, 512)]
@@ -632,14 +632,14 @@ def test_long_work_is_told_before_it_is_done(capsys, monkeypatch):
 def test_a_network_that_cannot_be_used(files, tmp_path, trained_3d):
     command, run = ("register", *files, "--out", tmp_path / "u.nii", "--run"), trained_3d[0].path
     fails(call(*command, tmp_path), "holds no config.json")
-    fails(call(*command, "lungs"), "lungs is no folder and no pretrained model", "oasis2d-laptop")
+    fails(call(*command, "lungs"), "lungs is neither a folder nor a pretrained model", "oasis2d-laptop")
     fails(call(*command, run, "--network", "best"), "holds no registration-best", "synthetic")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for name in ("config.json", "registration-synthetic.safetensors"):
         (damaged / name).write_bytes((run / name).read_bytes()[:5000])
     fails(call(*command, damaged), "damaged/registration-synthetic.safetensors is not a readable")
-    fails(call(*command, "oasis2d-laptop"), f"{files[0]} has 3 axes, but the network knows images with 2")
+    fails(call(*command, "oasis2d-laptop"), f"{files[0]} has 3 axes, but the network was trained on images with 2")
     assert not (tmp_path / "u.nii").exists()
 
 
@@ -675,7 +675,7 @@ TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64, np.float32,
     network=st.booleans(),
 )
 def test_register_copes_with_any_volume(trained_3d, tmp_path, grid, dtypes, values, seed, network):
-    """It writes a finite field and warped labels that fit, or says in one line why not and writes nothing."""
+    """It writes a finite field and warped labels that fit, or one line that says why not, and then no files."""
     (shape, affine), random = grid, np.random.default_rng(seed)
     images = [random.choice([0, *values], shape).astype(dtype) for dtype in dtypes]
     paths = [write(tmp_path / f"{index}.nii", image, affine) for index, image in enumerate(images)]
@@ -733,7 +733,7 @@ def points(path: Path, voxels: np.ndarray, affine: np.ndarray) -> Path:
     flat=st.booleans(),
 )
 def test_a_case_has_the_errors_of_its_landmarks_and_of_its_field(tmp_path, grid, shifts, form, flat):
-    """The moving image is the fixed one, some voxels further: so are its landmarks, and so says the field."""
+    """The moving image is the fixed one, shifted by some voxels, as are its landmarks; the field agrees."""
     shape = (*SHAPE[:2], 1) if flat else SHAPE
     shift = np.array([*shifts[:2], 0] if flat else shifts)
     image = box(shape) * 5 if not flat else box(SHAPE)[..., 6:7] * 5
@@ -754,7 +754,7 @@ def test_a_case_has_the_errors_of_its_landmarks_and_of_its_field(tmp_path, grid,
     np.testing.assert_allclose(after["errors_mm"], 0, atol=2e-3)
     assert after["dice"] == pytest.approx(1.0) and after["folding_percent"] == 0
     both = (image > 0) & (np.roll(image, shift, (0, 1, 2)) > 0)
-    assert before["dice"] == pytest.approx(both.sum() / (image > 0).sum(), rel=1e-5)  # of two of one size
+    assert before["dice"] == pytest.approx(both.sum() / (image > 0).sum(), rel=1e-5)  # both have the same size
     assert "inverse_consistency_error" not in after and "seconds" not in after
 
 
@@ -800,7 +800,7 @@ def test_landmarks_outside_the_field_stay_as_in_apply(files, tmp_path):
     seed=st.integers(0, 99),
 )
 def test_evaluate_puts_landmarks_where_apply_does(tmp_path, grid, cut, flips, form, seed):
-    """On other grids than the field's, turned and cut out of it or reaching beyond it; in and outside both."""
+    """On grids that are rotated, or smaller or larger than the field's, and for points inside and outside both."""
     random = np.random.default_rng(seed)
     whole = [write(tmp_path / f"{i}.nii", np.roll(box(SHAPE), i, 0), grid) for i in (0, 1)]
     pair = read_pair(*whole)
@@ -819,7 +819,7 @@ def test_evaluate_puts_landmarks_where_apply_does(tmp_path, grid, cut, flips, fo
 
 @pytest.mark.parametrize("network", [False, True])
 def test_evaluate_says_what_register_says(tmp_path, trained_3d, network):
-    """Its notes on the files and the network, and its warnings."""
+    """It prints the same notes on files and network, and the same warnings."""
     chosen, spoken = ("--run", trained_3d[0].path, "--steps", 0) if network else ("--steps", 1), []
     fixed = write(tmp_path / "f.nii", box(SHAPE), np.diag([0.5, 0.5, 0.5, 1]))
     for index, moving in enumerate((box(SHAPE), np.roll(box(SHAPE), 8, 0))):
@@ -858,10 +858,10 @@ def test_bad_cases(files, tmp_path):
     other.write_text("-20,-20,20\n")
     words.write_text("here,and,there\n")
     command = ("evaluate", "--pair", *files)
-    fails(call(*command, "--landmarks", good, other), f"{other} holds 1 x 3 numbers, but {good} 2 x 3")
+    fails(call(*command, "--landmarks", good, other), f"{other} holds 1 x 3 numbers, but {good} holds 2 x 3")
     fails(call(*command, "--landmarks", good, words), str(words))
     fails(call(*command, "--landmarks", good, tmp_path / "no.csv"), str(tmp_path / "no.csv"))
-    fails(call(*command, "--field", files[0]), str(files[0]), "no displacement field")
+    fails(call(*command, "--field", files[0]), str(files[0]), "not a displacement field")
     fails(call("evaluate", "--pair", files[0], tmp_path / "no.nii"), str(tmp_path / "no.nii"))
     works(call(*command, "--landmarks", good, good))
 
@@ -924,7 +924,7 @@ def test_bad_evaluations(small, tmp_path, trained_3d):
     command = ("evaluate", "--overwrite", "--json", older, "--dataset")
     fails(call(*command, "lung250m", "--data", empty), str(empty), "holds none of")
     fails(call(*command, "lung250m", "--data", tmp_path / "no"), "is not a folder")
-    fails(call(*command, "phantom2d", "--run", trained_3d[0].path), "knows other axes or labels than phantom2d has")
+    fails(call(*command, "phantom2d", "--run", trained_3d[0].path), "has other axes or labels than phantom2d")
     fails(call("evaluate", "--dataset", "phantom3d", "--json", empty), f"{empty} must end in .json", code=2)
     folder = tmp_path / "folder.json"
     folder.mkdir()
@@ -946,7 +946,7 @@ def test_a_profile_from_the_environment_that_there_is_not_is_wrong_use(no_data_s
     same=st.booleans(),
 )
 def test_evaluate_copes_with_any_volume(small, tmp_path, shapes, dtype, spacing, flips, same):
-    """It writes a file of real numbers, or says in one line why not and leaves the older one."""
+    """It writes a file of finite numbers, or one line that says why not, and then keeps the older file."""
     folder, file = tmp_path / "lung250m", tmp_path / "e.json"
     affine = np.diag([*(np.array(flips) * spacing), 1.0])
     for number, shape in ((1, shapes[0]), (2, shapes[0] if same else shapes[1])):
@@ -975,7 +975,7 @@ def test_export(trained, trained_3d, tmp_path):
     fails(call(*command, trained_3d[0].path), "synthesis.safetensors does not exist")
     model = ("export", "--run", "oasis2d-laptop", "--to", tmp_path / "pairs")
     fails(call(*model), f"run: pairdiff run synthesis --model oasis2d-laptop --to {tmp_path / 'pairs'}")
-    fails(call("export", "--run", tmp_path / "no", "--to", tmp_path / "pairs"), "no folder and no pretrained model")
+    fails(call("export", "--run", tmp_path / "no", "--to", tmp_path / "pairs"), "is neither a folder nor a pretrained")
     fails(call("export", "--run", trained[0].path), code=2)
     assert not os.listdir(tmp_path)
     result = works(call("export", "--run", trained[0].path, "--to", tmp_path / "pairs"))

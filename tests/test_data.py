@@ -1,4 +1,4 @@
-"""load_pairs: the one way in to all data sets."""
+"""load_pairs, which loads all data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes that train together do what one does with batches of their sum."""
+"""Two processes that train together do the same as one process with batches twice as large."""
 
 import multiprocessing
 import os
@@ -72,7 +72,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", ["vqae", "denoiser", "registration-real"])
 def test_two_processes_learn_what_one_learns(folders, stage):
-    """The same history and the same codes, but for the order in which floats are added."""
+    """History and codes are the same, up to the order in which floats are added."""
     (weights, made_by), (weights_two, made_by_two) = (
         load_checkpoint(each / f"{stage}.safetensors") for each in folders
     )
@@ -84,7 +84,7 @@ def test_two_processes_learn_what_one_learns(folders, stage):
 
 
 def test_shards_do_not_depend_on_who_makes_them(folders):
-    """Tokens and synthetic pairs, from the same autoencoder and denoiser: bit by bit."""
+    """Tokens and synthetic pairs of the same autoencoder and denoiser are equal bit by bit."""
     folder, before = folders[0], {}
     for name in ("tokens", "synthesis"):
         before[name] = load_checkpoint(folder / f"{name}.safetensors")[0]["tensor"]
@@ -96,7 +96,7 @@ def test_shards_do_not_depend_on_who_makes_them(folders):
 
 
 def codes_and_gradients(folder, share):
-    """Each process writes what it has after one step on its share of 8 pairs: codebook and gradients."""
+    """Each process writes its codebook and gradients after one step on its share of 8 pairs."""
     run = run_with_batch(folder / "run", share)
     fabric = training.new_fabric()
     torch.manual_seed(0)

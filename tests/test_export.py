@@ -108,6 +108,6 @@ def test_tokens_of_another_autoencoder_are_refused(finished, tmp_path):
     with pytest.raises(CheckpointError, match="synthesis.safetensors does not exist"):
         export_pairs(run.path, tmp_path / "pairs")
     pipeline.load_or_make(run, "synthesis", {"autoencoder": "another"}, lambda shard: torch.zeros(1, 6, 10), 1)
-    with pytest.raises(CheckpointError, match="synthesis.safetensors was made with another autoencoder"):
+    with pytest.raises(CheckpointError, match="synthesis.safetensors was made with a different autoencoder"):
         export_pairs(run.path, tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()

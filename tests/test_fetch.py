@@ -26,7 +26,7 @@ OASIS = "neurite-oasis.2d.v1.0"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves files by their path, as well or badly as a test asks for, and remembers what was asked."""
+    """Serves files by their path, correctly or with the faults that a test asks for, and records the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -189,7 +189,7 @@ def fails(folder: Path, reason: str) -> None:
 
 
 def test_a_wrong_hash(server: Server, offer, tmp_path: Path) -> None:
-    """Nothing wrong is kept, and what was there is replaced only by something better."""
+    """No wrong file is kept, and an existing one is replaced only by a right one."""
     offer([member("subjects.txt")])
     right = server.files[f"{OASIS}.tar"]
     server.files[f"{OASIS}.tar"] = b"a captive portal"
@@ -219,7 +219,7 @@ def test_a_transfer_that_breaks_off_is_tried_again(
 ) -> None:
     offer([member("subjects.txt")])
     server.whole = 0
-    fails(tmp_path, "broke off")
+    fails(tmp_path, "interrupted")
     assert files(tmp_path) == []
     monkeypatch.setattr(fetch, "RETRIES", 1)
     handle = Handler.do_GET
@@ -269,9 +269,9 @@ def test_fetch_lung250m(server: Server, lungs: list[str], tmp_path: Path, capsys
 
 
 def test_an_interrupted_lung_download_goes_on(server: Server, lungs: list[str], tmp_path: Path) -> None:
-    """What came is kept; the folder has its name only when it is complete."""
+    """Finished files are kept; the folder gets its final name only when it is complete."""
     server.whole = 2  # the third file breaks off
-    with pytest.raises(FetchError, match="broke off") as error:
+    with pytest.raises(FetchError, match="interrupted") as error:
         fetch.fetch_lung250m(tmp_path / "data", progress=False)
     value = hashlib.sha256(server.files[lungs[2]]).hexdigest()
     for part in (server.url + lungs[2], f"sha256 is {value}", fetch.LUNG_COMMIT, "lung250m.part"):
@@ -335,7 +335,7 @@ def test_the_list_of_lung_files() -> None:
 
 @pytest.mark.skipif(not (SHARED / "lung250m").is_dir(), reason="no ../shared/data/lung250m beside this checkout")
 def test_the_hashes_are_those_of_the_real_files() -> None:
-    """All but the landmarks: those at hand are of the validation cases only."""
+    """All but the landmarks: the local file has those of the validation cases only."""
     present = {path: SHARED / "lung250m" / path for path in published_lungs()}
     digests = {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in present.items() if file.is_file()}
     assert len(digests) >= 61

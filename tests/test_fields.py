@@ -1,4 +1,4 @@
-"""Displacement fields: the convention, and that every operation keeps to it, in 2D and 3D."""
+"""Displacement fields: every operation keeps to the convention, in 2D and 3D."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_warp_outside_repeats_the_border_or_is_zero():
 
 @pytest.mark.parametrize("spatial", [(24, 20), (16, 12, 20)])
 def test_some_voxels_are_warped_as_all_are(spatial):
-    """Also when the displacement is on a coarser grid, and where it points out of the image."""
+    """This also holds if the displacement is on a coarser grid, or points out of the image."""
     torch.manual_seed(0)
     image = torch.rand(2, 3, *spatial)
     coarse = 3 * torch.randn(2, len(spatial), *[size // 4 for size in spatial])
@@ -112,7 +112,7 @@ def test_resize_keeps_a_translation_in_millimetres(spatial):
 
 @pytest.mark.parametrize("spatial", GRIDS)
 def test_points_move_with_their_half_voxel(spatial):
-    """The centre of the field of view stays the centre; coarse index i lies at 2 i + 1/2 on the fine grid."""
+    """The centre of the field of view stays the centre; coarse index i is at 2 i + 1/2 on the fine grid."""
     fine = [2 * size for size in spatial]
     coarse_index = torch.tensor([[3.0] * len(spatial)])
     torch.testing.assert_close(fields.resize_points(coarse_index, spatial, fine), 2 * coarse_index + 0.5)
@@ -168,7 +168,7 @@ def test_monai_warp_agrees(spatial):
 
 @pytest.mark.parametrize("spatial", GRIDS)
 def test_itk_vectors_point_to_the_same_place_in_the_world(spatial):
-    """Walking along the ITK vector in LPS ends where the displaced voxel lies, with an oblique affine."""
+    """With an oblique affine, the ITK vector in LPS ends at the displaced voxel."""
     dims = len(spatial)
     generator = np.random.default_rng(0)
     affine = np.eye(dims + 1)

@@ -1,4 +1,4 @@
-"""What the figures show: positions, colours, sides, millimetres. How they look has to be seen."""
+"""What the figures show: positions, colours, sides, millimetres. How they look is for people to judge."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ STEP = (3, 0, 2)  # voxels from fixed to moving in the first volume pair
 def blocks(spacing: tuple[float, float] = (2.0, 1.0)) -> PairSet:
     """Two pairs on a 40 x 30 grid: the left thalamus at high, the right at low indices of axis 0.
 
-    In the first pair moving lies 3 voxels further on along axis 0, in the second 3 voxels back.
+    In the first pair, moving is shifted by 3 voxels along axis 0, in the second by -3 voxels.
     """
     fixed = torch.zeros(40, 30, dtype=torch.uint8)
     fixed[22:32, 5:15], fixed[8:18, 5:15], fixed[15:25, 18:26] = 1, 2, 3
@@ -43,7 +43,7 @@ def blocks(spacing: tuple[float, float] = (2.0, 1.0)) -> PairSet:
 
 
 def vessels() -> PairSet:
-    """Two pairs of a bent vessel; in the first moving lies STEP voxels further on, in the second it is fixed."""
+    """Two pairs of a bent vessel; moving is shifted by STEP voxels in the first, and equal to fixed in the second."""
     fixed = torch.zeros(SPATIAL, dtype=torch.uint8)
     fixed[4:8, 3:5, 4:10], fixed[4:14, 3:5, 4:6], fixed[10:12, 3:9, 4:6] = 1, 1, 1
     labels = torch.stack([torch.stack([fixed, fixed.roll(STEP, (0, 1, 2))]), torch.stack([fixed, fixed])])
@@ -98,7 +98,7 @@ def frames_of(page: str) -> list[np.ndarray]:
 
 
 def share(frame: np.ndarray, colour: str, tolerance: int) -> float:
-    """The share of pixels that have about this colour."""
+    """The share of pixels of about this colour."""
     return (np.abs(frame - 255 * np.array(to_rgb(colour))).max(-1) < tolerance).mean()
 
 
@@ -232,7 +232,7 @@ def test_millimetres_are_equally_long_in_figures_of_real_size(spatial: tuple[int
 
 @pytest.mark.parametrize("plane", volumes.PLANES)
 def test_sides_are_where_the_letters_are(ax: Axes, plane: str) -> None:
-    """A dot at the patient's right, front and feet end (low indices) is next to R, A and F."""
+    """A dot at the patient's right, front or feet (low indices) is next to R, A or F."""
     ends = {"R": (0, 0), "L": (0, 1), "A": (1, 0), "P": (1, 1), "F": (2, 0), "H": (2, 1)}  # axis; low or high
     figures.show_projection(ax, dot(1, 1, 1), None, vessels(), plane)
     at = {text.get_text(): np.array(text.get_position()) for text in ax.texts if len(text.get_text()) == 1}
@@ -517,7 +517,7 @@ def test_player_goes_through_the_slices_before_and_after(browsing: str) -> None:
     assert len(frames) == 6
     for frame in frames:
         before, after = np.split(frame[:, : frame.shape[1] // 2 * 2], 2, axis=1)
-        assert share(before, MOVING, 40) > share(after, MOVING, 40)  # only the legend is left
+        assert share(before, MOVING, 40) > share(after, MOVING, 40)  # only the legend remains
 
 
 @pytest.fixture

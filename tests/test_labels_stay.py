@@ -1,4 +1,4 @@
-"""Labels keep their values, whatever their type, size and scale factor; else the file is refused."""
+"""Labels keep their values, whatever their type, size and scale factor; otherwise the file is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def held(path):
 @settings(BOUNDED, max_examples=40)
 @given(first=st.integers(1, 2**64 - 2), dtypes=st.tuples(*[st.sampled_from([np.uint64, np.int64, np.float64])] * 2))
 def test_two_labels_in_a_row_stay_two_however_large(tmp_path, first, dtypes):
-    """Those that a type cannot hold are not written with it."""
+    """A type that cannot hold the labels is not used to write them."""
     labels = np.array([0, first, first + 1], np.uint64)
     dtypes = [dtype if first < {np.int64: 2**63 - 1, np.float64: 2**53}.get(dtype, 2**64) else np.uint64
               for dtype in dtypes]  # fmt: skip
@@ -60,10 +60,10 @@ def test_large_labels_through_the_commands(tmp_path, dtype):
 def test_labels_that_no_type_holds_are_refused(tmp_path):
     good = write(tmp_path / "g.nii", boxes(), STRAIGHT)
     huge = write(tmp_path / "h.nii", boxes() * 1e30, STRAIGHT)
-    fails(call("register", good, huge, "--out", tmp_path / "u.nii"), f"{huge} holds the label 7e+30, larger than 64")
+    fails(call("register", good, huge, "--out", tmp_path / "u.nii"), f"{huge} holds the label 7e+30, too large for 64")
     scaled = write(tmp_path / "s.nii.gz", (boxes() > 0).astype(np.int64) * (2**60 + 1), STRAIGHT)
     change(scaled, {116: np.float32(1).tobytes(), 112: np.float32(1).tobytes()})  # plus 1
-    with pytest.raises(DataError, match="s.nii.gz holds labels up to .* behind the scale factor 1,"):
+    with pytest.raises(DataError, match="s.nii.gz holds labels up to .* with the scale factor 1,"):
         read_label_image(scaled)
 
 
@@ -74,7 +74,7 @@ def test_labels_that_no_type_holds_are_refused(tmp_path):
     floats=st.booleans(),
 )
 def test_apply_takes_for_labels_what_register_takes(tmp_path, labels, dtype, floats):
-    """Behind a scale factor, or as floats; with the same result as ``--warped``."""
+    """With a scale factor, or as floats; the result is the same as with ``--warped``."""
     values = np.array([0, *labels])[np.minimum(boxes(), len(labels))]
     header, path = nib.Nifti1Header(), tmp_path / "m.nii"
     header.set_data_dtype(np.float32 if floats else dtype)

@@ -1,4 +1,4 @@
-"""Who may import whom: the core, and the two packages beside it, import from lower floors only."""
+"""Imports: the core and the other two packages import from lower floors only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = {
 
 
 def room_of(module: tuple[str, ...]) -> str:
-    """A file or folder of the core, or one of the packages that stand beside it."""
+    """The file or folder of the core, or the other package, that a module belongs to."""
     return module[1] if module[0] == "pairdiff_core" else module[0]
 
 
@@ -78,14 +78,14 @@ def test_imports_point_to_lower_floors_or_stay_in_their_room(room):
 
 
 def test_the_method_itself_knows_no_files():
-    """What a stranger would take over comes without run folders, pipeline and figures."""
+    """The method can be used in other projects without run folders, pipeline and figures."""
     wrong = {(module, target) for module in FILES if room_of(module) in METHOD for target in IMPORTS[module]
              if room_of(target) in {"storage", "pipeline", "pairdiff_cli", "pairdiff_figures"}}  # fmt: skip
     assert not wrong
 
 
 def test_no_circle_of_imports():
-    """Not even within a folder."""
+    """This includes modules of the same folder."""
     done, open_ = set(), []
 
     def visit(module):
@@ -107,7 +107,7 @@ def test_each_module_says_what_lives_there():
 
 
 def test_what_takes_seconds_to_import_waits_until_it_is_needed():
-    """So that a finished run, `pairdiff info` and wrong data are answered soon."""
+    """So that a finished run, `pairdiff info` and wrong data get a quick answer."""
     code = "import sys, pairdiff_core.pipeline; print({'monai', 'lightning_fabric', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

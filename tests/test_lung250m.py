@@ -1,4 +1,4 @@
-"""Lung vessels: both layouts, the common frame, landmarks through crop and pooling, and each kind of bad input."""
+"""Lung vessels: both layouts, the common frame, landmarks after crop and pooling, and all kinds of bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pairdiff_core.errors import DataError
 
 HALF, QUARTER = (128, 104, 128), (64, 52, 64)
 TRAIN, HELD_OUT = (Path(name) for name in LUNG_SHAPES)
-VOLUME = TRAIN / "case_036_2.nii.gz"  # the file that tests spoil
+VOLUME = TRAIN / "case_036_2.nii.gz"  # the file that tests damage
 POINTS = Path("corrfieldTr") / "case_036.csv"
 LANDMARKS = Path("lms_validation_cropped.pth")
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "lung250m"
@@ -102,7 +102,7 @@ def test_a_seeded_choice_of_max_pairs(lung_folder: Path) -> None:
 
 
 def test_cases_by_name(lung_folder: Path) -> None:
-    """However they are written, in sorted order, all of them whatever max_pairs is."""
+    """Names may be written in any way; all cases come in sorted order, whatever max_pairs is."""
     for cases in (["36", "032"], ["case_032", "case_036", "36"]):
         pairs = load_lung250m_pairs(lung_folder, "train", cases=cases, spatial=QUARTER, max_pairs=1)
         assert pairs.names == ("case_032_1~case_032_2", "case_036_1~case_036_2")
@@ -178,7 +178,7 @@ def test_where_a_volume_lies_in_the_frame(shape: tuple[int, ...], offset: tuple[
 
 
 def test_case_035_is_cut_from_above(lung_folder: Path) -> None:
-    """Its last axis keeps the first 280 voxels, and the pads follow from those; other cases keep all of theirs."""
+    """Its last axis keeps the first 280 voxels, which determine the padding; other cases are not cut."""
     values = np.zeros((20, 22, 451), np.uint8)
     values[10, 11, 100], values[10, 11, 267], values[10, 11, 268] = 1, 2, 2  # 268 is just above the frame
     for case in ("case_032", "case_035"):
@@ -199,7 +199,7 @@ def test_case_035_is_dilated_before_it_is_cut(lung_folder: Path) -> None:
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_a_point_goes_through_crop_and_pooling_with_its_half_voxel(lung_folder: Path, factor: int) -> None:
-    """A single voxel is vessel; its landmark stays within it, cropped on two axes and padded on one."""
+    """The landmark of a single vessel voxel stays inside it, cropped on two axes and padded on one."""
     shape, fixed, moving = (301, 190, 283), (120, 77, 141), (122.25, 75.75, 150.75)
     for path in (lung_folder / TRAIN).glob("*"):
         path.unlink()
@@ -222,7 +222,7 @@ def test_a_point_goes_through_crop_and_pooling_with_its_half_voxel(lung_folder: 
 
 
 def test_affines_do_not_move_voxels(lung_folder: Path) -> None:
-    """Headers of another orientation, and of two orientations in one pair: the grids are what counts."""
+    """Headers may have another orientation, or two in one pair: only the grids matter."""
     before = load_lung250m_pairs(lung_folder, "train", spatial=QUARTER)
     values = np.asarray(nib.load(lung_folder / VOLUME).dataobj)
     write_vessels(lung_folder / VOLUME, values, np.eye(4))
@@ -242,7 +242,7 @@ def test_affines_do_not_move_voxels(lung_folder: Path) -> None:
     ],
 )
 def test_landmarks_find_their_case(lung_folder: Path, remove: tuple[str, ...], keep: tuple[str, ...]) -> None:
-    """Each held-out case has its crossing in another voxel; there it must be, whichever cases are there."""
+    """The crossing is at a different voxel in each held-out case, and must be found whichever cases exist."""
     fixed, moving = torch.load(lung_folder / LANDMARKS, weights_only=True)
     chosen = [list(LUNG_SHAPES["dilated_vessels_ts"]).index(case) for case in keep]
     torch.save([[part[i] for i in chosen] for part in (fixed, moving)], lung_folder / LANDMARKS)
@@ -411,7 +411,7 @@ def test_an_empty_mask(lung_folder: Path) -> None:
 
 @on_real_data
 def test_real_training_pair() -> None:
-    """Case 036: a quarter of the automatic correspondences lies on a vessel; without the offset they would not."""
+    """Case 036: a quarter of the automatic correspondences are on a vessel, which needs the right offset."""
     file = REAL / TRAIN / "case_036_1.nii.gz"
     mask = lung250m.read_vessels(file, "case_036")
     framed = to_frame(mask)
@@ -426,7 +426,7 @@ def test_real_training_pair() -> None:
 
 @on_real_data
 def test_real_validation_landmarks() -> None:
-    """Before registration the mean of cases is 13.91 mm, as published; the landmarks are those of their case."""
+    """The mean over cases before registration is 13.91 mm, as published, so each case has its own landmarks."""
     cases = list(lung250m.case_files(REAL, "validation"))
     known = lung250m.read_validation_landmarks(REAL / LANDMARKS, cases)
     errors = [(known[case][:, 1] - known[case][:, 0]).norm(dim=1).mean() for case in cases]

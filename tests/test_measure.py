@@ -1,4 +1,4 @@
-"""Measuring: complete, consistent with the parts it is made of, and made again when anything has changed."""
+"""Measuring: complete, consistent with its parts, and repeated when anything has changed."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_the_provenance_says_what_is_needed_to_repeat(measured):
 
 
 def test_quality_compares_different_images_and_equal_numbers(trained, measured):
-    """Training images themselves, after the autoencoder, are all among their neighbours."""
+    """Decoded training images are all among the neighbours of the training images."""
     run, made = trained
     names = {image for name in run.validation.names for image in name.split("~")}
     quality = measured["synthetic"]["quality"]

@@ -1,4 +1,4 @@
-"""Every metric against a case that can be worked out by hand, in 2D and in 3D."""
+"""Every metric on a case that can be computed by hand, in 2D and in 3D."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_dice_per_structure(dims: int) -> None:
 
 
 def test_dice_of_a_set_is_that_of_each_image() -> None:
-    """Whatever the number of images: as MONAI says, and the same one by one."""
+    """Dice does not depend on the number of images, and agrees with MONAI."""
     a, b = (blobs(3, 3, seed).flatten(0, 1) for seed in (0, 1))
     together = metrics.dice(a, b, 3)
     monai = compute_dice(a[:, None], b[:, None], include_background=False, num_classes=3)
@@ -89,7 +89,7 @@ def test_hausdorff95_in_millimetres(dims: int) -> None:
 
 @DIMS
 def test_hausdorff95_against_distance_transforms(dims: int) -> None:
-    """The larger of the two 95th percentiles; a few outliers do not count, in contrast to the maximum."""
+    """The larger of the two 95th percentiles; unlike the maximum, it ignores a few outliers."""
     a = torch.zeros(1, *[24] * dims, dtype=torch.uint8)
     a[0][(slice(6, 16),) * dims] = 1
     b = a.roll(2, 1)
@@ -114,7 +114,7 @@ def test_target_registration_error_in_millimetres(dims: int) -> None:
     displacement[0] = 3.0
     fixed = torch.full((2, dims), 2.5)
     moving = fixed.clone()
-    moving[0, 0] += 3.0  # found exactly
+    moving[0, 0] += 3.0  # exactly right
     moving[1, 0] += 1.0  # 2 voxels of 1.5 mm too far ...
     moving[1, 1] += 2.0  # ... and 2 voxels of 2 mm aside
     landmarks = torch.stack([fixed, moving], dim=1)
@@ -190,7 +190,7 @@ def test_inverse_consistency_error(dims: int) -> None:
 def test_inverse_consistency_error_on_some_voxels() -> None:
     there = torch.zeros(2, 2, 4, 4)
     back = there.clone()
-    back[:, 0, :2] = 3.0  # half of the voxels end three voxels off
+    back[:, 0, :2] = 3.0  # half of the voxels end three voxels away
     where = torch.zeros(2, 4, 4, dtype=torch.bool)
     where[0, 1:] = True  # one row of three
     found = metrics.inverse_consistency_error(there, back, where)
@@ -309,7 +309,7 @@ def test_compare_displacements() -> None:
 
 
 def test_distance_of_displacements_agrees_with_the_exact_one() -> None:
-    """Of sets of different sizes, with lengths like those of breathing lungs: to four digits."""
+    """They agree to four digits, for sets of different sizes with lengths like those of breathing lungs."""
     generator = torch.Generator().manual_seed(0)
     real = 3 * torch.randn(2, 3, 20, 20, 20, generator=generator)
     synthetic = 1 + torch.randn(3, 3, 20, 20, 20, generator=generator)

@@ -16,7 +16,7 @@ from pairdiff_core.data import oasis
 from pairdiff_core.data.oasis import load_oasis_pairs, load_subjects
 from pairdiff_core.errors import DataError
 
-SEGMENTATION = Path("BRAIN_02_S00") / "slice_seg4.nii.gz"  # the file that tests spoil
+SEGMENTATION = Path("BRAIN_02_S00") / "slice_seg4.nii.gz"  # the file that tests damage
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -55,7 +55,7 @@ def test_left_comes_out_at_low_indices(best_oasis_folder: Path) -> None:
     for labels, tissue in zip(slices.labels, tissues.labels, strict=True):
         place = [(labels == label).nonzero()[:, 0].float().mean() for label in (left_cortex, right_cortex)]
         assert place[0] < labels.shape[0] / 2 < place[1]
-        assert (tissue[labels == left_cortex] == 1).float().mean() > 0.9  # both label maps are turned alike
+        assert (tissue[labels == left_cortex] == 1).float().mean() > 0.9  # both label maps are rotated in the same way
 
 
 def test_data_that_already_has_left_first_is_not_flipped(oasis_folder: Path) -> None:
@@ -94,7 +94,7 @@ def test_split_by_subject() -> None:
     assert {name[:8] for name in validation} == {"BRAIN_12", "BRAIN_13", "BRAIN_14"}
     people = [f"OASIS_OAS1_{number:04d}_MR1" for number in range(1, 415)]
     assert len(oasis.split_subjects(people, "train")) == 331
-    assert len(oasis.split_subjects(people[::-1], "validation")) == 83  # whatever their order in subjects.txt
+    assert len(oasis.split_subjects(people[::-1], "validation")) == 83  # in any order of subjects.txt
 
 
 def test_no_subject_is_in_both_splits(best_oasis_folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_seeded_choice_of_max_pairs(oasis_folder: Path) -> None:
 
 
 def test_the_layout_of_the_original(tmp_path: Path, oasis_folder: Path) -> None:
-    """One slice a subject, other names, and files that are not needed."""
+    """It has one slice per subject, other names, and files that are not needed."""
     names = [f"OASIS_OAS1_{number:04d}_MR1" for number in range(1, 6)]
     for number, name in enumerate(names, start=1):
         (oasis_folder / f"BRAIN_{number:02d}_S00").rename(oasis_folder / name)
@@ -160,7 +160,7 @@ def test_find_oasis(oasis_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     stand_in = Path(shutil.copytree(oasis_folder, tmp_path / "brain2d"))
     assert oasis.find_oasis() == stand_in
     original = Path(shutil.copytree(oasis_folder, tmp_path / "neurite-oasis.2d.v1.0"))
-    assert oasis.find_oasis() == original  # the real thing goes before its stand-in
+    assert oasis.find_oasis() == original  # the original takes precedence
 
 
 # ------------------------------------------------------------------------------------------ bad input

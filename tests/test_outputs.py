@@ -1,4 +1,4 @@
-"""What is read is never written over, whatever its name is spelled like, and what exists only when asked for."""
+"""Input files are never overwritten, however their path is written; other files only on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pairdiff_core.errors import DataError
 
 
 def spellings(folder: Path) -> dict[str, Path]:
-    """Names of the file ``in/m.nii.gz`` and, where there are any, of one that does not exist yet, ``in/u.nii.gz``."""
+    """Paths of the file ``in/m.nii.gz`` and, if possible, of one that does not exist yet, ``in/u.nii.gz``."""
     (folder / "in").mkdir()
     (folder / "linked").symlink_to("in")
     (folder / "in" / "m.nii.gz").write_bytes(b"precious")
@@ -79,7 +79,7 @@ def test_paths_are_one_file_exactly_if_the_system_says_so(tmp_path, one, other, 
         refused = False
     except typer.BadParameter:
         refused = True
-    except DataError:  # a folder that may not be written to, such as one above the temporary ones
+    except DataError:  # a folder without write permission, such as a parent of the temporary ones
         return
     assert refused == same
 
@@ -99,7 +99,7 @@ def test_what_exists_is_replaced_only_when_asked_for(tmp_path):
 
 
 def test_the_moving_image_outlives_register(tmp_path):
-    """The input of issue 24."""
+    """The input of issue 24 is not overwritten."""
     fixed, moving = (
         write(tmp_path / "f.nii.gz", box((20, 18, 16))),
         write(tmp_path / "in/m.nii.gz", box((20, 18, 16), 2)),

@@ -1,4 +1,4 @@
-"""The built pages in a browser, as wide as a desk and as narrow as a phone."""
+"""The built pages in a browser, at the widths of a desktop and of a phone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HTML = Path(__file__).parents[1] / "book" / "_build" / "html"
 PAGES = sorted(path.relative_to(HTML).as_posix() for path in HTML.glob("[bn]*/*.html"))  # book/ and notebooks/
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DESK, PHONE = 1440, 390  # widths of the window
-# What axe finds in the theme itself, and not in what this book adds to it.
+# What axe reports about the theme itself, not about what this book adds to it.
 OF_THE_THEME = {"color-contrast", "scrollable-region-focusable", "label", "landmark-unique", "link-in-text-block"}
 
 pytestmark = [pytest.mark.skipif(not PAGES, reason="no built book here: `make book`")]
@@ -25,7 +25,7 @@ if not CHROMIUM and not os.environ.get("PAIRDIFF_NEEDS_CHROMIUM"):  # .ci/run se
 
 @dataclass
 class Opened:
-    """A page, its errors, and what it asked other hosts for."""
+    """A page, its errors, and its requests to other hosts."""
 
     address: str
     page: Any

@@ -1,11 +1,13 @@
-"""PairSet: what it accepts, and that everything known about a pair moves together."""
+"""PairSet: what it accepts, and that labels, landmarks and displacement stay consistent."""
+
+import json
 
 import pytest
 import torch
 
 from pairdiff_core import fields
 from pairdiff_core.errors import DataError
-from pairdiff_core.pairs import PairSet, one_hot, resize_labels
+from pairdiff_core.pairs import PairSet, one_hot, pack_labels, resize_labels, unpack_labels
 
 
 def example(spatial=(8, 12), number=3, **changes):
@@ -131,3 +133,8 @@ def test_a_pair_without_landmarks_among_others():
 def test_what_does_not_fit_together_is_refused(changes, message):
     with pytest.raises(DataError, match=message):
         example(**changes)
+
+
+def test_label_maps_survive_packing() -> None:
+    labels = torch.randint(0, 25, (2, 2, 5, 7), dtype=torch.uint8)
+    assert torch.equal(unpack_labels(json.loads(json.dumps(pack_labels(labels)))), labels)

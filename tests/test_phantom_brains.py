@@ -12,7 +12,7 @@ from pairdiff_core.pairs import resize_labels
 
 
 def dice(a: torch.Tensor, b: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Per image and structure, (N, C - 1)."""
+    """Dice per image and structure, (N, C - 1)."""
     scores = [
         2 * ((a == label) & (b == label)).sum((1, 2)) / ((a == label).sum((1, 2)) + (b == label).sum((1, 2)))
         for label in range(1, num_labels)
@@ -46,7 +46,7 @@ def test_left_is_at_low_indices_and_the_crown_is_up() -> None:
 
 
 def test_the_cortex_is_a_folded_ribbon() -> None:
-    """Thin, between white matter and outside, and much longer than the outline of a convex brain would be."""
+    """It is thin, between white matter and outside, and much longer than the outline of a convex brain."""
     labels = phantom_brains.brain_subjects(1, num_labels=5).labels[0]
     cortex = (labels == 1)[None, None].float()
     eroded = -torch.nn.functional.max_pool2d(-cortex, 7, stride=1, padding=3)
@@ -54,7 +54,7 @@ def test_the_cortex_is_a_folded_ribbon() -> None:
     assert 0.10 < cortex.mean() < 0.20  # real slices: 0.13
     assert 0.10 < (labels == 3).float().mean() < 0.20  # white matter; real slices: 0.15
     crossings = (labels[:-1] != labels[1:]).sum(0)
-    assert crossings.max() > 20  # along one line through the brain
+    assert crossings.max() > 20  # on a line through the brain
 
 
 def test_tissues_are_the_structures_put_together() -> None:
@@ -143,7 +143,7 @@ def test_a_subject_depends_on_its_seed_and_number_only() -> None:
 
 def test_pairs_are_seeded_ordered_and_of_two_subjects() -> None:
     pairs = phantom_brains.brain_pairs(100, spatial=(80, 96), subjects=4, seed=9)
-    assert len(pairs) == len(set(pairs.names)) == 12  # 4 x 3, there are no more
+    assert len(pairs) == len(set(pairs.names)) == 12  # 4 x 3 is the maximum
     assert all(len(set(name.split("~"))) == 2 for name in pairs.names)
     again = phantom_brains.brain_pairs(5, spatial=(80, 96), subjects=4, seed=9)
     assert again.names == pairs.names[:5]

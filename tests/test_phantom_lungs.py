@@ -1,4 +1,4 @@
-"""Phantom lungs: what they look like beside real ones, and that displacement and landmarks are true."""
+"""Phantom lungs: how similar they are to real ones, and that displacement and landmarks are true."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def vessel_share(pairs: PairSet) -> torch.Tensor:
 
 
 def test_as_much_vessel_as_in_real_lungs(full: PairSet, pairs: PairSet) -> None:
-    """Real ones: 1.4 to 3.2 % of their voxels, and of the frame at a quarter of the resolution 4 to 13 %."""
+    """In real lungs, 1.4 to 3.2 % of the voxels are vessel; 4 to 13 % at a quarter of the resolution."""
     assert full.labels.unique().tolist() == [0, 1] and full.spatial == FRAME
     assert (vessel_share(full) > 0.015).all() and (vessel_share(full) < 0.03).all()
     assert (vessel_share(pairs) > 0.05).all() and (vessel_share(pairs) < 0.09).all()
@@ -46,7 +46,7 @@ def test_two_lungs_with_nothing_between_and_little_cut_off(pairs: PairSet) -> No
 
 
 def test_vessels_taper(full: PairSet) -> None:
-    """Few voxels lie deep in a vessel: at half size, with vessel all around."""
+    """Few voxels are deep inside a vessel, that is, surrounded by vessel at half size."""
     vessel = full.pooled(2).fixed.float()
     thick = 1 - torch.nn.functional.max_pool3d(1 - vessel, 3, stride=1, padding=1)
     assert 0 < thick.sum() < 0.2 * vessel.sum()

@@ -1,4 +1,4 @@
-"""Runs and their five stages: they fit together, are made once, loaded after, never mixed, never lost."""
+"""Runs and their five stages: they fit together, are made once and then loaded, and are never mixed or lost."""
 
 import shutil
 from dataclasses import replace
@@ -168,7 +168,7 @@ def test_a_run_says_how_it_went_and_what_made_it(trained):
 
 
 def test_volumes_take_the_same_path(tmp_path):
-    """Lungs in 3D: every stage, the network and the baseline, without another line of code."""
+    """Every stage, the network and the baseline work on 3D lungs with the same code."""
     run = small_run_3d(tmp_path)
     run = replace(run, profile=replace(run.profile, max_pairs=2))
     made = pipeline.run_stages(run, "synthesis")
@@ -185,7 +185,7 @@ def test_volumes_take_the_same_path(tmp_path):
 
 
 def test_a_network_learns_from_other_peoples_motions(tmp_path):
-    """The same pairs and steps with other motions, or with others of their share, are another network."""
+    """The same pairs and steps with other motions, or another share of them, give another network."""
     run = small_run_3d(tmp_path)
     motions = load_motions("phantom3d")
     network = pipeline.train_registration(run, run.train, "real-motion", warped=True, motions=motions)
@@ -209,7 +209,7 @@ def test_other_settings_are_refused_and_the_file_stays(copied):
     slices = copied()
     other = replace(slices, profile=replace(slices.profile, num_labels=25))
     other.__dict__["train"] = slices.train
-    with pytest.raises(CheckpointError, match=r"vqae\.safetensors is of images with other axes or labels"):
+    with pytest.raises(CheckpointError, match=r"vqae\.safetensors was trained on images with other axes or labels"):
         pipeline.train_vqae(other)
     assert (run.path / "vqae.safetensors").read_bytes() == before
 
@@ -317,7 +317,7 @@ def test_a_pretrained_model_takes_the_place_of_a_training(trained, models, tmp_p
 
 
 def test_a_pretrained_model_of_other_settings_is_refused(models, tmp_path):
-    """Its weights would fit: the squarings are no part of them."""
+    """Its weights would fit, because they do not depend on the squarings."""
     settings = small_run(tmp_path).profile.registration
     run = small_run(tmp_path / "run", registration=replace(settings, squarings=2))
     with pytest.raises(CheckpointError, match=r"registration-synthetic\.safetensors was made .*\(settings differ"):
@@ -335,10 +335,10 @@ def test_models_are_found_by_name_and_folder(trained, models, tmp_path, monkeypa
     assert found.fingerprint == made.networks["synthetic, warped"].fingerprint
     with pytest.raises(CheckpointError, match="holds no registration-other; .*: real, real-warped, synthetic"):
         pipeline.load_model(models / "phantom2d-quick", "registration-other")
-    with pytest.raises(CheckpointError, match="nothing is no folder and no pretrained model.*phantom2d-quick"):
+    with pytest.raises(CheckpointError, match="nothing is neither a folder nor a pretrained model.*phantom2d-quick"):
         pipeline.find_model("nothing")
     monkeypatch.setenv("PAIRDIFF_MODELS", str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match="PAIRDIFF_MODELS is .*nowhere', which is no folder"):
+    with pytest.raises(CheckpointError, match="PAIRDIFF_MODELS is .*nowhere', which is not a folder"):
         pipeline.train_vqae(small_run(tmp_path / "run"))
 
 
@@ -365,7 +365,7 @@ def test_an_autoencoder_in_bfloat16_learns_as_one_in_32_bit(tmp_path, small, mon
 
 
 def test_a_denoiser_in_bfloat16_agrees_with_the_plain_one(trained, tmp_path, monkeypatch):
-    """bfloat16 has three digits; a token at the edge may fall to the other side."""
+    """bfloat16 has three digits, so a few sampled tokens may differ."""
     monkeypatch.setattr(devices, "fast_in_bfloat16", lambda device: True)
     plain, made = trained
     run = replace(plain, folder=tmp_path, profile=replace(plain.profile, mixed_precision=("denoiser", "synthesis")))

@@ -1,4 +1,4 @@
-"""Profiles: found by name or environment, frozen, consistent in themselves, and whole after a trip through JSON."""
+"""Profiles: found by name or environment, frozen, consistent, and unchanged after conversion to JSON and back."""
 
 import dataclasses
 import json

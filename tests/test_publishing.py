@@ -1,4 +1,4 @@
-"""What stands between this folder and its readers: workflows, containers, and the numbers on the first pages."""
+"""What is published: workflows, containers, and the numbers on the first pages."""
 
 from __future__ import annotations
 

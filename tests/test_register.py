@@ -1,4 +1,4 @@
-"""Pairs of any size and spacing: what a network sees of them, and that the answer fits them."""
+"""Pairs of any size and spacing: how a network sees them, and that the result fits them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MM = (4.0, 4.0, 4.0)  # at which the phantom lungs of the small run are drawn
 
 
 def one_pair(labels: torch.Tensor, num_labels: int = 2, spacing: tuple[float, ...] | None = None) -> PairSet:
-    """Labels (2, *spatial) as a set of one pair."""
+    """A set of one pair from labels (2, *spatial)."""
     spacing = spacing or (1.0,) * (labels.dim() - 1)
     return PairSet(labels[None], tuple(map(str, range(num_labels))), spacing, ("fixed~moving",))
 
@@ -56,13 +56,13 @@ def test_a_pair_does_not_depend_on_those_beside_it(trained, by_network):
 
 @pytest.mark.parametrize("times", [2, 3])
 def test_a_finer_volume_is_seen_at_the_millimetres_of_training(trained_3d, times):
-    """Each voxel cut into times^3 is the same image: the same field, in smaller voxels."""
+    """If each voxel is split into times^3, the image is the same, and so is the field, in smaller voxels."""
     run, network = trained_3d
-    labels = run.validation.labels[0, :, :40, :36, :33]  # no multiple of anything
+    labels = run.validation.labels[0, :, :40, :36, :33]  # not multiples of anything
     fine = labels
     for axis in (1, 2, 3):
         fine = fine.repeat_interleave(times, axis)
-    header = tuple(4 / times * error for error in (0.998, 1.0, 1.002))  # as headers say it
+    header = tuple(4 / times * error for error in (0.998, 1.0, 1.002))  # as in real headers
     options = {"profile": run.profile, "network": network.model, "instance": False, "trained_spacing": MM}
     coarse = register(one_pair(labels, spacing=MM), **options).displacement
     found = register(one_pair(fine, spacing=header), **options).displacement
@@ -77,7 +77,7 @@ def test_a_finer_volume_is_seen_at_the_millimetres_of_training(trained_3d, times
         ((64, 52, 64), MM, (64, 52, 64), (64, 52, 64), True),
         ((320, 250, 353), (1.0, 0.998, 1.002), (80, 64, 92), (320, 256, 368), True),
         ((32, 32, 32), (4.0, 4.0, 8.0), (32, 32, 64), (32, 32, 32), True),
-        ((40, 40, 40), (0.1, 0.1, 0.1), (64, 40, 40), (64, 40, 40), False),  # a speck of a lung
+        ((40, 40, 40), (0.1, 0.1, 0.1), (64, 40, 40), (64, 40, 40), False),  # a very small lung
         ((64, 64, 64), (40.0, 40.0, 40.0), (64, 64, 64), (64, 64, 64), False),  # would be 512 times the voxels
         ((256, 208, 256), (0.1, 0.1, 0.1), (64, 52, 64), (256, 208, 256), False),
         ((3, 5, 7), MM, (64, 32, 32), (64, 32, 32), False),

@@ -1,4 +1,4 @@
-"""Registration: inverse consistency by construction, and that it finds known motion, in 2D and 3D."""
+"""Registration: it is inverse consistent by construction and finds known motion, in 2D and 3D."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def ball_maps(spatial, shift):
 def small_network(dims, trained=True, **changes):
     torch.manual_seed(0)
     network = registration.RegistrationNetwork(settings(**changes), dims, 2)
-    if trained:  # anything but the identity it starts as
+    if trained:  # anything but the identity of an untrained network
         for step in network.steps:
             last = step.unet.final_conv if isinstance(step, registration.UNetStep) else step.final_conv
             torch.nn.init.normal_(last.weight, std=0.3)
@@ -84,25 +84,25 @@ def test_negating_all_velocities_inverts_the_deformation(spatial, number):
 
 
 def test_plain_composition_would_not_be_inverted_that_way():
-    """Why the symmetric form is needed: exp(v1) o exp(v2) and exp(-v1) o exp(-v2) are not inverse to each other."""
+    """The symmetric form is needed because exp(v1) o exp(v2) and exp(-v1) o exp(-v2) are not inverses."""
     first, second = random_velocities((32, 40))
     plain = fields.compose(fields.exponentiate(3 * first), fields.exponentiate(3 * second))
     negated = fields.compose(fields.exponentiate(-3 * first), fields.exponentiate(-3 * second))
     assert inverse_error(Deformation(plain, negated)) > 3 * inverse_error(integrate((3 * first, 3 * second)))
 
 
-IMAGES = [((80, 96), 2), ((96, 80), 4), ((64, 52, 64), 4)]  # voxels, and how many of them to a node
+IMAGES = [((80, 96), 2), ((96, 80), 4), ((64, 52, 64), 4)]  # voxels, and voxels per node
 
 
 def rough_velocities(spatial, times, roughest, nodes=4, seed=0):
-    """Two velocities that differ by ``roughest`` voxels of the image between neighbouring nodes where most."""
+    """Two velocities whose largest roughness is ``roughest`` voxels of the image."""
     velocities = random_velocities([size // times for size in spatial], seed=seed, smoothness=nodes)
     scale = roughest / float(registration.roughness(velocities, spatial).max())
     return tuple(scale * each for each in velocities)
 
 
 def round_trip(deformation):
-    """Largest mean distance in voxels, forth and back, of what stays in view, and the smallest determinant."""
+    """The larger mean round-trip error in voxels of what stays in view, and the smallest determinant."""
     both, back = deformation.both, deformation.inverted()
     size = torch.tensor(deformation.spatial).reshape(-1, *[1] * len(deformation.spatial))
     places = fields.identity_grid(deformation.spatial) + both
@@ -114,7 +114,7 @@ def round_trip(deformation):
 
 @pytest.mark.parametrize(("spatial", "times"), IMAGES)
 def test_velocities_as_rough_as_a_network_makes_them_are_bounded(spatial, times):
-    """The lung network's are up to 21 voxels rough, with 4 voxels a node; integrated as they are, they fold."""
+    """The lung network's roughness is up to 21 voxels at 4 voxels per node; integrated unchanged, they fold."""
     rough = rough_velocities(spatial, times, 21)
     far, determinant = round_trip(integrate(rough, 5).resized(spatial))
     assert far > 0.4 or determinant <= 0
@@ -208,7 +208,7 @@ def test_each_step_sees_images_at_its_own_scale_and_answers_on_its_own_grid():
 
 @pytest.mark.parametrize("spatial", GRIDS)
 def test_features_are_most_similar_where_they_moved_to(spatial):
-    """Noise that moved by one cell is most similar to itself one cell on."""
+    """Noise that was shifted by one cell is most similar at a distance of one cell."""
     step = registration.CorrelationStep(CORRELATION, len(spatial), 1)
     step.features = step.head = step.final_conv = torch.nn.Identity()
     one = torch.randn(1, 1, *[8] * len(spatial), generator=torch.Generator().manual_seed(1))
@@ -285,7 +285,7 @@ def test_the_loss_is_zero_only_for_a_perfect_and_smooth_match():
 
 
 def test_coarser_scales_see_a_thin_structure_that_is_far_off():
-    """A line 12 voxels away overlaps with nothing; when it comes nearer, only the coarser views see it."""
+    """A line 12 voxels away does not overlap; only the coarser scales notice when it comes closer."""
 
     def loss(offset, scales):
         fixed, moving = torch.zeros(2, 1, 1, 32, 32)
@@ -331,7 +331,7 @@ def test_a_level_may_weigh_the_bending():
 
 
 def two_balls(spatial, middle):
-    """A map of two balls, (1, 1, *spatial), the second one opposite to the first; little of the image is filled."""
+    """A map of two small balls, (1, 1, *spatial), on opposite sides of the image."""
     grid = fields.identity_grid(spatial)
     opposite = [size - 1 - x for size, x in zip(spatial, middle, strict=True)]
     near = [(grid - torch.tensor(x).reshape(-1, *[1] * len(spatial))).norm(dim=0) < 3 for x in (middle, opposite)]
@@ -354,7 +354,7 @@ def test_comparing_only_voxels_near_a_structure_loses_nothing(spatial, middle):
 
 
 def test_where_a_structure_is_warped_to_is_near():
-    """Also where neither image shows anything: there a warped structure costs, and has to go on or back."""
+    """This also holds where both images are empty: a warped structure there adds to the loss and has to move."""
     fixed = moving = two_balls((64, 64), [14.0, 14.0])
     aside = torch.stack([torch.zeros(64, 64), torch.full((64, 64), 18.0)])[None]
     warped = fields.warp(moving, aside)
@@ -366,7 +366,7 @@ def test_where_a_structure_is_warped_to_is_near():
 
 
 def test_large_images_are_compared_near_structures_only_and_move_alike(monkeypatch):
-    """Further than the margin around the structures: they have to be found again on the way."""
+    """They move further than the margin around structures, which therefore have to be found again."""
     fixed, moving = two_balls((64, 64), [14.0, 14.0]), two_balls((64, 64), [18.0, 19.0])
     level = Level(scale=1, control=4, steps=40, learning_rate=0.2)
 
@@ -387,7 +387,7 @@ LEVELS = [Level(2, 2, 40, 0.2), Level(2, 2, 20, 0.1, bending=0.1)]
 
 
 def test_a_merged_start_is_optimised_as_one_velocity():
-    """Several velocities become their sum, which moves nearly alike, and all of which can be optimised."""
+    """Several velocities are replaced by their sum, which moves nearly the same and can be optimised as a whole."""
     spatial, merge = (32, 64), settings(merge=True, instance=tuple(LEVELS), baseline=tuple(LEVELS))
     network, (fixed, moving) = small_network(2), (ball_maps(spatial, 0), ball_maps(spatial, 3))
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_a_merged_start_is_optimised_as_one_velocity():
 
 
 def test_a_start_that_brings_a_pair_no_closer_is_not_used():
-    """The first pair is helped by its start, which is near the truth; the second is not, its start is far off."""
+    """The start of the first pair is near the truth and helps; that of the second is far off."""
     fixed = torch.cat([ball_maps((64, 40), 0)] * 2)
     moving = torch.cat([ball_maps((64, 40), 20), ball_maps((64, 40), 1)])
     start = torch.zeros(2, 2, 16, 10)  # in voxels of a grid four times as coarse
@@ -421,7 +421,7 @@ def test_a_start_that_brings_a_pair_no_closer_is_not_used():
 
 @pytest.fixture(scope="module")
 def pairs():
-    """Three pairs of different motion on a grid that no pooling divides."""
+    """Three pairs of different motion on a grid whose size no pooling factor divides."""
     maps = torch.cat([ball_maps((49, 75), shift) for shift in (0, 3, 0, -2, 1, 0)])
     labels = maps.round().sum(1).byte().unflatten(0, (3, 2))  # nested, so that their sum is a label map
     return PairSet(labels, ("background", "shell", "core"), (1.0, 1.0), ("a~b", "c~d", "e~f"))

@@ -1,4 +1,4 @@
-"""Interrupted anywhere, by anything, a run goes on and ends with the same bits."""
+"""A run that is interrupted anywhere continues and ends with the same bits."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ NEW.set_forkserver_preload(["small_run", "pairdiff_core.pipeline"])
 
 
 def killed(function, *arguments):
-    """Whether the function, called in another process, was killed before it ended."""
+    """Call a function in another process; returns whether that was killed before it ended."""
     process = NEW.Process(target=function, args=arguments)
     process.start()
     process.join()
@@ -32,7 +32,7 @@ def killed(function, *arguments):
 
 
 def toy_stages(folder):
-    """Tokens in three shards and a denoiser of four steps; what is done is kept after every step."""
+    """Tokens in three shards and a denoiser of four steps; progress is saved after every step."""
     settings = replace(small_run(folder).profile.denoiser, layers=0, steps=4, batch=2)
     run = small_run(folder, saving=Saving(every_minutes=0), denoiser=settings)
     tokens = pipeline.load_or_make(run, "tokens", {}, lambda shard: torch.full((1, 6, 10), shard), shards=3)
@@ -40,7 +40,7 @@ def toy_stages(folder):
 
 
 def killed_toy_stages(folder, count):
-    """Killed right before the ``count``-th time that a file is flushed to the disk or put in its place."""
+    """The same, killed right before the ``count``-th time that a file is flushed to disk or moved to its place."""
     calls = iter(range(1, 10_000))
 
     def watched(function):
@@ -56,7 +56,7 @@ def killed_toy_stages(folder, count):
 
 
 def same_results(one, other):
-    """Every stage: the same tensors, histories and settings. What differs is when and how long."""
+    """Assert that all stages have the same tensors, histories and settings; dates and durations may differ."""
     names = {path.name for path in one.glob("*.safetensors")}
     assert names == {path.name for path in other.glob("*.safetensors")} and names
     for name in names:
@@ -68,7 +68,7 @@ def same_results(one, other):
 
 
 def test_killed_at_every_point_of_every_write(tmp_path):
-    """Each time, what is there loads, and the next start ends with the bits of a run that nothing happened to."""
+    """Each time, existing files can be loaded, and the next start ends with the bits of an undisturbed run."""
     toy_stages(tmp_path / "calm")
     for count in range(1, 100):
         folder = tmp_path / str(count)
@@ -84,7 +84,7 @@ def test_killed_at_every_point_of_every_write(tmp_path):
 
 
 def all_stages(folder, threads, checkpoints=None, seconds=None):
-    """Everything, kept after every step; killed some time after there are so many checkpoints."""
+    """Run everything, saved after every step; it is killed ``seconds`` after that number of checkpoints exists."""
     torch.set_num_threads(threads)
 
     def kill():
@@ -105,7 +105,7 @@ def without_times(value):
 
 
 def test_killed_in_every_part_it_ends_with_the_same_result_file(tmp_path, trained, measured):
-    """In the first training, among the shards and small trainings, in the last trainings, and while it measures."""
+    """Killed in the first training, between shards and short trainings, in the last trainings, and in measuring."""
     calm, folder, draw = trained[0].path, tmp_path / "killed", random.Random(0)
     for checkpoints in (0, 1, 5, 8):
         assert killed(all_stages, folder, torch.get_num_threads(), checkpoints, draw.uniform(0, 0.4))
@@ -136,7 +136,7 @@ def test_two_runs_in_one_folder_exclude_each_other(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    """Every write from the eighth on fails; when there is room again, the run goes on."""
+    """Every write from the eighth on fails; once there is space again, the run continues."""
     toy_stages(tmp_path / "calm")
     calls, fsync = iter(range(1, 10_000)), os.fsync
 

@@ -1,4 +1,4 @@
-"""Scores of registration: each case, and what cases come to."""
+"""Scores of registration: of each case, and summarised."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from pairdiff_core.storage import write_json
 
 
 def still(pairs):
-    """No displacement at all."""
+    """A deformation without displacement."""
     return Deformation(*torch.zeros(2, len(pairs), pairs.spatial_dims, *pairs.spatial))
 
 
@@ -73,7 +73,7 @@ def test_cases_come_as_they_are_done(trained, monkeypatch):
 
 
 def one_square(*sides):
-    """Pairs in which label 1 fills a square in both images, and label 2 another one in none of them but the given."""
+    """Pairs in which label 1 fills a square in both images, and label 2 another one in the given images only."""
     labels = torch.zeros(len(sides), 2, 16, 16, dtype=torch.uint8)
     labels[:, :, 2:6, 2:6] = 1
     for index, images in enumerate(sides):
@@ -83,7 +83,7 @@ def one_square(*sides):
 
 
 def test_a_structure_that_is_missing_counts_for_nothing(tmp_path):
-    """Empty on both sides it has no Dice; empty on one side, Dice 0 but no surface distance."""
+    """If it is missing in both images, it has no Dice; if in one, Dice is 0 and there is no surface distance."""
     pairs = one_square((0, 1), (), (0,))
     row = registration.score(pairs)
     assert [case["dice"] for case in row["cases"]] == [1.0, 1.0, 0.5]

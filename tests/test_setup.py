@@ -1,4 +1,4 @@
-"""The three files that say what is installed agree, and name all that the code imports."""
+"""The three files that list what is installed agree, and name everything that the code imports."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_everything_that_is_needed_is_pinned() -> None:
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:
-    """The versions that the tests run with are the versions that the book promises (a build label aside)."""
+    """The tests run with the versions that the book promises, except for build labels."""
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("this environment was not made by `make setup`, so it may have other versions")
     wrong = {
@@ -125,7 +125,7 @@ def test_torch_is_pinned_without_a_build_label() -> None:
 
 
 def test_no_file_names_a_package_index() -> None:
-    """Where packages come from is the machine's own setting."""
+    """The source of packages is a setting of the machine."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "environment.yml", ".ci/run"):
         assert not re.search(r"index-url|find-links|trusted-host", (ROOT / name).read_text()), name
 

@@ -81,20 +81,20 @@ def test_slices_of_another_plane_are_refused(coronal, tmp_path):
     for options in (["--onto", axial], []):
         moving = coronal["moving"] if options else axial
         result = call("apply", coronal["field"], moving, *options, "--out", tmp_path / "o.nii.gz")
-        fails(result, f"{axial} lies in another plane than the field")
-    with pytest.raises(DataError, match="is a slice in another plane than"):
+        fails(result, f"{axial} lies in a different plane from the field")
+    with pytest.raises(DataError, match="is a slice in a different plane from"):
         read_pair(coronal["fixed"], axial, resample=True)
 
 
 def test_a_field_that_itk_made_of_a_coronal_slice(coronal, tmp_path):
-    """It has no place but that which ITK sees."""
+    """It has no place other than the one in its ITK header."""
     field = sitk.ReadImage(str(coronal["field"]))
     sitk.WriteImage(field, str(tmp_path / "itk.nii.gz"))
     works(call("apply", tmp_path / "itk.nii.gz", coronal["moving"], "--out", tmp_path / "a.nii.gz"))
     assert np.array_equal(image(tmp_path / "a.nii.gz"), image(coronal["fixed"]))
     for name in ("cropped", "turned"):
         result = call("apply", tmp_path / "itk.nii.gz", coronal[name], "--out", tmp_path / "b.nii.gz")
-        fails(result, "lies in another plane than the field")
+        fails(result, "lies in a different plane from the field")
 
 
 def test_two_forms_of_the_image_do_not_make_the_field_one_of_its_sform(tmp_path):

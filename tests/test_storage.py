@@ -1,4 +1,4 @@
-"""Files of a run: what is written comes back, and nothing damaged, half written or of another run gets in."""
+"""Files of a run: they are read as written; damaged or incomplete files, or those of another run, are refused."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from pairdiff_core.storage import (
     fingerprint,
     load_checkpoint,
     measured_once,
-    pack_labels,
     provenance,
     read_config,
     save_checkpoint,
-    unpack_labels,
     working_in,
     write_json,
     write_log,
@@ -80,7 +78,7 @@ def test_the_same_contents_give_the_same_file(checkpoint: Path, tmp_path: Path) 
 
 
 def spoiled(checkpoint: Path, data: bytes) -> None:
-    """Loading ``data`` in place of the checkpoint fails with an error that names the file; the file stays."""
+    """Loading ``data`` instead of the checkpoint fails with an error that names the file, which is kept."""
     checkpoint.write_bytes(data)
     with pytest.raises(CheckpointError, match="vqae.safetensors.*rain again"):
         load_checkpoint(checkpoint)
@@ -106,7 +104,7 @@ def test_a_changed_description(checkpoint: Path) -> None:
 
 
 def test_swapped_names(checkpoint: Path) -> None:
-    """Same bytes and sizes, but the tensors would end up in each other's place."""
+    """Bytes and sizes are the same, but the tensors would be swapped."""
     save_checkpoint(checkpoint, {"a": torch.zeros(3), "b": torch.ones(3)}, {})
     data = checkpoint.read_bytes()
     spoiled(checkpoint, data.replace(b'"a"', b'"c"').replace(b'"b"', b'"a"').replace(b'"c"', b'"b"'))
@@ -186,11 +184,6 @@ def test_json_is_whole_or_untouched(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
-def test_label_maps_survive_packing() -> None:
-    labels = torch.randint(0, 25, (2, 2, 5, 7), dtype=torch.uint8)
-    assert torch.equal(unpack_labels(json.loads(json.dumps(pack_labels(labels)))), labels)
-
-
 def test_a_measurement_is_made_again_when_what_it_depends_on_changes(tmp_path: Path) -> None:
     results = iter(({"dice": 0.81234567}, {"dice": 0.9}, {"dice": 0.7}))
 
@@ -266,7 +259,7 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="holds no config.json"):
         read_config(tmp_path)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         read_config(tmp_path / "nowhere")
 
 

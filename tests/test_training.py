@@ -1,4 +1,4 @@
-"""Training: the loop, its batches, seeds and devices, and how work is asked to pause."""
+"""Training: the loop, its batches, seeds and devices, and pausing."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_training_leaves_the_global_random_numbers_alone():
 
 
 class Noisy(nn.Module):
-    """Draws random numbers of its own, and keeps a buffer, as a codebook does."""
+    """Draws random numbers and keeps a buffer, as a codebook does."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
 
 @pytest.mark.parametrize(("precision", "depth"), [("bf16-mixed", 2), ("bf16-mixed", 3), ("32-true", 2)])
 def test_gradients_that_would_be_wrong_are_refused(precision, depth):
-    """Two voxels deep, in bfloat16, on a CPU: PyTorch 2.13 then reads memory that nobody wrote."""
+    """For images two voxels deep in bfloat16 on a CPU, PyTorch 2.13 reads uninitialised memory."""
     model = nn.Conv3d(4, 4, 3, padding=1)
 
     def train(precision):
@@ -152,9 +152,9 @@ def test_gradients_that_would_be_wrong_are_refused(precision, depth):
         )
 
     if (precision, depth) == ("bf16-mixed", 2):
-        with pytest.raises(ValueError, match="take this stage out of the profile's mixed_precision"):
+        with pytest.raises(ValueError, match="remove this stage from the profile's mixed_precision"):
             train(precision)
-        with torch.autocast("cpu", torch.bfloat16):  # after training, the model does what it did before
+        with torch.autocast("cpu", torch.bfloat16):  # after training, the model works as before
             model(torch.ones(1, 4, 2, 3, 3))
     else:
         assert len(train(precision)) == 1
@@ -165,7 +165,7 @@ def test_gradients_that_would_be_wrong_are_refused(precision, depth):
 
 @pytest.fixture
 def as_processes(monkeypatch):
-    """Call a function as each of several processes would."""
+    """Call a function once for each of several processes."""
 
     def call(count, function):
         monkeypatch.setenv("WORLD_SIZE", str(count))
@@ -191,7 +191,7 @@ def test_a_batch_may_be_larger_than_the_set():
 
 
 def test_processes_share_the_samples_of_one_without_overlap(as_processes):
-    """Two processes with batches of 3 take, together, what one with batches of 6 takes; random numbers, too."""
+    """Two processes with batches of 3 use the same samples and random numbers as one with batches of 6."""
 
     def taken(batch, step):
         samples = Samples(10, batch, seed=0)

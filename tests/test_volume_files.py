@@ -27,7 +27,7 @@ from pairdiff_core.profiles import get_profile
 SHAPE = (20, 24, 18)
 BOUNDED = settings(
     deadline=None,
-    derandomize=True,  # the same cases each time: a failure is the change's, not the dice's
+    derandomize=True,  # the same cases each time, so that a failure is due to a change
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 STRAIGHT = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -51,7 +51,7 @@ AFFINES = {"straight": STRAIGHT, "unequal": np.diag([2.0, 0.7, 1.3, 1.0]), "obli
 
 def write(path: Path, values: np.ndarray, affine: np.ndarray = STRAIGHT) -> Path:
     image = nib.Nifti1Image(values, affine, dtype=values.dtype)
-    image.set_qform(affine, code="scanner")  # a rotation, which SimpleITK goes by
+    image.set_qform(affine, code="scanner")  # a rotation, which SimpleITK uses
     nib.save(image, path)
     return path
 
@@ -71,7 +71,7 @@ def pair_at(folder: Path, affine: np.ndarray = STRAIGHT, dtype: type = np.uint8)
 
 
 def wavy(spatial: tuple[int, ...], amplitude: float = 1.2, seed: int = 0) -> torch.Tensor:
-    """A displacement (D, *spatial) of up to some voxels."""
+    """A displacement (D, *spatial) of a few voxels."""
     random = torch.Generator().manual_seed(seed)
     return fields.random_velocity(1, spatial, amplitude=amplitude, smoothness=7, generator=random)[0]
 
@@ -122,7 +122,7 @@ def spoilt(value: float) -> np.ndarray:
 
 
 def change(path: Path, changes: dict[int, bytes], end: int | None = None) -> None:
-    """Other bytes at some offsets of a compressed file, which nibabel would not write, and nothing from ``end`` on."""
+    """Change bytes at some offsets of a compressed file, as nibabel would not, and cut it off at ``end``."""
     content = bytearray(gzip.decompress(path.read_bytes()))
     for offset, new in changes.items():
         content[offset : offset + len(new)] = new
@@ -133,8 +133,8 @@ SHIFTED = STRAIGHT + 0.5 * (np.arange(16) == 3).reshape(4, 4)  # by half a voxel
 VAST = {42: np.array([30_000] * 3, np.int16).tobytes(), 70: np.int16(64).tobytes()}  # 27 TB of float64
 REFUSED = {
     "shape": ("has shape.*Add --resample", lambda path: write(path, boxes()[:-1])),
-    "place": ("lies elsewhere.*Add --resample", lambda path: write(path, boxes(), SHIFTED)),
-    "direction": ("lies elsewhere", lambda path: write(path, boxes(), np.diag([1.0, -1.0, 1.0, 1.0]))),
+    "place": ("is not at the same position as .*Add --resample", lambda path: write(path, boxes(), SHIFTED)),
+    "direction": ("is not at the same position as", lambda path: write(path, boxes(), np.diag([1.0, -1.0, 1.0, 1.0]))),
     "time": ("2 volumes. Take one", lambda path: write(path, np.stack([boxes(), boxes()], -1))),
     "no voxels": ("no voxels in it", lambda path: write(path, np.zeros((0,), np.uint8))),
     "a row": ("a row of voxels", lambda path: write(path, np.ones((5,), np.uint8))),
@@ -153,7 +153,7 @@ REFUSED = {
     "text": ("not a NIfTI", lambda path: path.write_text("This is no image.\n" * 99)),
     "half a pair": ("not a NIfTI|truncated", lambda path: change(path, {344: b"ni1\0"}, 352)),  # voxels elsewhere
     "missing": ("does not exist", lambda path: path.unlink()),
-    "folder": ("is no file", lambda path: (path.unlink(), path.mkdir())),
+    "folder": ("is not a file", lambda path: (path.unlink(), path.mkdir())),
 }
 
 
@@ -170,7 +170,7 @@ def test_what_is_no_label_volume_is_refused_by_name(tmp_path, kind, caplog):
 
 def test_two_images_of_one_and_the_same_value_are_refused(tmp_path):
     path = write(tmp_path / "one.nii", np.ones(SHAPE, np.uint8))
-    with pytest.raises(DataError, match="nothing to register by"):
+    with pytest.raises(DataError, match="nothing to align"):
         read_pair(path, path)
 
 
@@ -188,7 +188,7 @@ def test_a_network_of_vessels_takes_all_above_zero(tmp_path):
     pairs = pair.pairs(vessels)
     assert pairs.num_labels == 2 and np.array_equal(pairs.fixed[0], boxes() > 0)
     (note,) = pair.merged_by(vessels)
-    assert "takes the labels 3, 7 for one" in note and not pair.merged_by(get_profile("quick", 2))
+    assert "merges the labels 3, 7." in note and not pair.merged_by(get_profile("quick", 2))
 
 
 def test_labels_that_a_network_does_not_know_are_named_with_their_file(tmp_path):
@@ -196,12 +196,12 @@ def test_labels_that_a_network_does_not_know_are_named_with_their_file(tmp_path)
     pair = pair_at(tmp_path)
     assert np.array_equal(pair.pairs(profile).moving[0], boxes(shift=2))
     other = read_pair(pair.paths[0], write(pair.paths[1], boxes() + 3 * (boxes() == 7).astype(np.uint8)))
-    with pytest.raises(DataError, match="moving.nii.gz holds the label 10, but the network knows 0 to 7"):
+    with pytest.raises(DataError, match="moving.nii.gz holds the label 10, but the network was trained on 0 to 7"):
         other.pairs(profile)
 
 
 def test_volumes_are_not_for_a_network_of_slices(tmp_path):
-    with pytest.raises(DataError, match="fixed.nii.gz has 3 axes, but the network knows images with 2"):
+    with pytest.raises(DataError, match="fixed.nii.gz has 3 axes, but the network was trained on images with 2"):
         pair_at(tmp_path).pairs(get_profile("quick", 2))
 
 
@@ -300,7 +300,7 @@ def rotated(angles: tuple[float, ...], zooms: tuple[float, ...], origin: tuple[f
 
 @st.composite
 def headers(draw: st.DrawFn, zooms: tuple[float, ...] = (0.8, 1.5, 2.2)) -> nib.Nifti1Header:
-    """Two forms that may differ, each with any code; left-handed ones and other units, too."""
+    """Headers whose qform and sform may differ, each with any code; some are left-handed or in other units."""
     header = nib.Nifti1Header()
     header.set_data_shape((12, 10, 8))
     header.set_zooms(zooms)
@@ -315,7 +315,7 @@ def headers(draw: st.DrawFn, zooms: tuple[float, ...] = (0.8, 1.5, 2.2)) -> nib.
 
 
 def by_simpleitk(field: Path, fixed: Path, moving: Path, interpolator: int = sitk.sitkNearestNeighbor) -> np.ndarray:
-    """What people write who have a field, a fixed and a moving image."""
+    """Warp a moving image with a field in SimpleITK, as its users do."""
     transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(field), sitk.sitkVectorFloat64))
     return sitk.GetArrayFromImage(sitk.Resample(sitk.ReadImage(str(moving)), sitk.ReadImage(str(fixed)), transform,
                                                 interpolator)).T  # fmt: skip
@@ -335,7 +335,7 @@ def test_whatever_the_header_simpleitk_warps_as_warped_has_it(tmp_path, header, 
     try:
         pair = read_pair(fixed, moving, resample=True)
     except DataError as error:
-        assert not same and "has nothing in the field of view" in str(error)
+        assert not same and "has no structure in the field of view" in str(error)
         return
     displacement = wavy(shape, seed=seed)
     write_field(tmp_path / "u.nii", pair, displacement)
@@ -345,7 +345,7 @@ def test_whatever_the_header_simpleitk_warps_as_warped_has_it(tmp_path, header, 
         assert all(written[key] == header[key] for key in ("qform_code", "sform_code"))
         assert np.allclose(written["pixdim"][:4], header["pixdim"][:4])
     warped = np.asarray(nib.load(tmp_path / "w.nii").dataobj)
-    assert (by_simpleitk(tmp_path / "u.nii", fixed, moving) == warped).mean() > 0.995  # halves may go either way
+    assert (by_simpleitk(tmp_path / "u.nii", fixed, moving) == warped).mean() > 0.995  # halves may round either way
     assert warped.any() or not same
 
 
@@ -421,7 +421,7 @@ def test_axes_may_come_in_any_order_and_direction(tmp_path, order, flips, angles
     assert (warped == pair.warped_moving(displacement)).mean() > 0.999
     write_field(tmp_path / "v.nii", pair, displacement, inverse=True)
     np.testing.assert_allclose(*(nib.load(tmp_path / f"{name}.nii").dataobj for name in "uv"), atol=1e-4)
-    assert any("turned" in note for note in pair.notes) == (order != [0, 1, 2] or -1 in flips)
+    assert any("reoriented" in note for note in pair.notes) == (order != [0, 1, 2] or -1 in flips)
 
 
 @pytest.mark.parametrize("shapes", [((20, 24), (20, 24, 1)), ((20, 24, 1), (20, 24))])
@@ -456,7 +456,7 @@ def test_another_grid_is_resampled_as_simpleitk_does_it(tmp_path):
     plain=st.booleans(),
 )
 def test_grids_of_one_affine_may_differ_in_size(tmp_path, shape, other, plain):
-    """Cropped or longer at the far ends, and a slice against a volume: what lies beyond is background."""
+    """Grids may be cropped or longer at the far ends, or a slice and a volume; voxels outside are background."""
     whole = np.zeros((24, 26, 20), np.uint8)
     whole[2:7, 3:8, :6] = 3
     arrays = [whole[tuple(map(slice, each))] for each in (shape, other)]

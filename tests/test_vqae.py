@@ -20,7 +20,7 @@ def small_model(dims, num_labels=3, channels=(8, 16), strides=(2, 2), codes=16):
 
 
 def with_codes(model):
-    """In evaluation mode, its codebook random instead of empty."""
+    """A model in evaluation mode, with a random codebook instead of an empty one."""
     model.codebook.vectors.normal_()
     return model.eval()
 
@@ -94,7 +94,7 @@ def test_evaluation_leaves_the_codebook_alone():
 
 
 def test_dead_codes_come_back_to_life():
-    """64 clusters, but 62 of 64 codes start far from all of them: without revival two codes serve everything."""
+    """62 of 64 codes start far from all of the 64 clusters; without revival, two codes would be used for all."""
     generator = torch.Generator().manual_seed(0)
     centres = 10 * torch.randn(64, 8, generator=generator)
 
@@ -151,7 +151,7 @@ def test_it_learns_to_reconstruct_two_pairs(spatial):
 
 
 def test_decoding_takes_the_weights_of_the_loss_back():
-    """With 40 % foreground, weights of 2.5 to 1 teach the decoder the shares 0.6 and 0.4 x 2.5 = 1."""
+    """With 40 % foreground and weights of 2.5 to 1, the decoder learns shares of 0.6 to 0.4 x 2.5 = 1."""
     for share, expected in ((0.40, 0), (0.60, 1)):
         taught = torch.tensor([1 - share, vqae.FOREGROUND_WEIGHT * share]).log()
         assert taught.argmax() == 1

@@ -1,9 +1,9 @@
-"""How people breathe: the motions of many patients, laid into the lungs at hand.
+"""Breathing motions of many patients, transferred to other lungs.
 
 A *motion* is a displacement from breathed in to breathed out. Those of the 79 training patients of Lung250M-4B come
 from automatic correspondences (``corrfieldTr/case_NNN.csv``), **computed from the CTs, not from vessels**. The volumes
 of most of these patients are not public, so a motion is placed by the box of its points, the 2nd to 98th percentiles
-along each axis. All motions lie in one box, ``STANDARD_BOX``, on a grid of 8 mm. Phantoms have motions of their own.
+along each axis. All motions share one box, ``STANDARD_BOX``, on a grid of 8 mm. Phantoms have their own motions.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pairdiff_core.data.phantom_lungs import lung_correspondences
 from pairdiff_core.errors import DataError
 from pairdiff_core.motion import unfolded
 
-FIRST_PHANTOM, PHANTOMS = 9_000, 12  # numbers of the phantom subjects whose motions are taken, and how many
+FIRST_PHANTOM, PHANTOMS = 9_000, 12  # first number and count of the phantom subjects whose motions are used
 NODE_MM = 8
 NODES = tuple(size // NODE_MM for size in FRAME)
-STANDARD_BOX = torch.tensor([[9.0, 24.0, 24.0], [247.0, 184.0, 232.0]])  # mm, as large as that of the 79 on average
-INSIDE = (0.02, 0.98)  # quantiles of the points along each axis that a box reaches to
-SCALES_MM = (40.0, 20.0, 10.0)  # standard deviations of the kernels, one after the other on what is left
-FADING = (0.02, 0.05, 0.1)  # of each scale: where points are rarer than this share of the densest, the field fades
+STANDARD_BOX = torch.tensor([[9.0, 24.0, 24.0], [247.0, 184.0, 232.0]])  # mm, of the average size of the 79 boxes
+INSIDE = (0.02, 0.98)  # quantiles of the points along each axis that bound a box
+SCALES_MM = (40.0, 20.0, 10.0)  # standard deviations of the kernels, each applied to the residual of the last
+FADING = (0.02, 0.05, 0.1)  # for each scale: the field fades where point density is below this share of its maximum
 RIDGE = 0.01  # weight of the squared entries of the affine part, in standard deviations of the points
 
 
@@ -39,7 +39,7 @@ class Motions:
 
     Attributes:
         cases: M names.
-        displacement: float (M, 3, *NODES) in the standard box, voxels of 8 mm; none of them folds.
+        displacement: float (M, 3, *NODES) in the standard box, voxels of 8 mm, without folding.
         residual_mm: mean distance between each field and its correspondences.
     """
 
@@ -51,18 +51,18 @@ class Motions:
         return len(self.cases)
 
     def __call__(self, labels: torch.Tensor, spatial: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """A random average of two of the motions, laid into an image of vessels (H, W, D); see :func:`laid`."""
+        """A random weighted mean of two motions, transferred to an image of vessels (H, W, D); see :func:`laid`."""
         one, other = self.displacement[torch.randint(len(self), (2,), generator=generator)]
         share = torch.rand(1, generator=generator)
         return laid(torch.lerp(one, other, share), box_of_vessels(labels), spatial)
 
 
 def load_motions(dataset: str, data: str | Path | None = None, seed: int = 0) -> Motions:
-    """The motions that go with a data set of lungs: of patients, or of phantoms that no other set shows.
+    """The motions for a data set of lungs: of patients, or of phantoms that are in no other set.
 
     Args:
         dataset: "lung250m" or "phantom3d".
-        data: folder of the real data; None looks where PAIRDIFF_DATA says.
+        data: folder of the real data; None takes the one that PAIRDIFF_DATA names.
         seed: of the phantoms.
 
     Raises:
@@ -75,19 +75,19 @@ def load_motions(dataset: str, data: str | Path | None = None, seed: int = 0) ->
 
 
 def read_motions(folder: Path) -> Motions:
-    """The motions of the training patients in a folder of Lung250M-4B; a tenth of a second each.
+    """The motions of the training patients in a folder of Lung250M-4B; takes 0.1 s each.
 
     Raises:
         DataError: if there are none, or a file is damaged; the message names the file.
     """
     files = sorted((folder / CORRESPONDENCES).glob("case_*.csv"))
     if not files:
-        raise DataError(f"{folder / CORRESPONDENCES} holds no motions. Fetch them by `pairdiff fetch lung250m`.")
+        raise DataError(f"{folder / CORRESPONDENCES} holds no motions. Fetch them with `pairdiff fetch lung250m`.")
     return fit_motions({path.stem: read_correspondences(path) for path in files})
 
 
 def fit_motions(points: dict[str, torch.Tensor]) -> Motions:
-    """Motions from correspondences by case, float (K, 2, 3) in mm, fixed and moving, of any origin."""
+    """Motions from correspondences by case, float (K, 2, 3) in mm, fixed and moving, with any origin."""
     displacement, residual_mm = zip(*(fit(in_standard_box(each)) for each in points.values()), strict=True)
     return Motions(tuple(points), torch.stack(displacement), residual_mm)
 
@@ -109,16 +109,16 @@ def in_standard_box(points: torch.Tensor) -> torch.Tensor:
 
 
 def fit(points: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A displacement for correspondences (K, 2, 3) in mm of the frame.
+    """Fit a displacement to correspondences (K, 2, 3) in mm of the frame.
 
-    An affine map by ridge regression, then at three scales the kernel average (Nadaraya, 1964) of what is left, which
-    fades to nothing where there are no points.
+    First an affine map by ridge regression, then at three scales the kernel average (Nadaraya, 1964) of the residual,
+    which fades to zero where there are no points.
 
     Returns:
-        float (3, *NODES), voxels of 8 mm, that does not fold; and its mean distance from the correspondences in mm.
+        float (3, *NODES), voxels of 8 mm, without folding; and its mean distance from the correspondences in mm.
     """
     fixed = points[:, 0].double().numpy()
-    left = points[:, 1].double().numpy() - fixed  # what is not explained yet, (K, 3)
+    left = points[:, 1].double().numpy() - fixed  # the residual, (K, 3)
     nodes = fields.resize_points(fields.identity_grid(NODES).flatten(1).T, NODES, FRAME).double().numpy()
     centre, spread = fixed.mean(0), fixed.std(0)
     design, at_nodes = (np.c_[np.ones(len(each)), (each - centre) / spread] for each in (fixed, nodes))
@@ -138,10 +138,10 @@ def fit(points: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def laid(motion: torch.Tensor, box: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
-    """A motion (3, *NODES) of the standard box in another box, (2, 3) in mm of the frame.
+    """A motion (3, *NODES) of the standard box, transferred to another box, (2, 3) in mm of the frame.
 
     Returns:
-        float (3, *spatial), in voxels of any grid over the frame, such as a coarser one than that of the images.
+        float (3, *spatial), in voxels of a grid over the frame, which may be coarser than that of the images.
     """
     size = (box[1] - box[0]) / (STANDARD_BOX[1] - STANDARD_BOX[0])
     here = fields.resize_points(fields.identity_grid(spatial).movedim(0, -1), spatial, FRAME)  # (*spatial, 3), mm

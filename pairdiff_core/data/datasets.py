@@ -1,4 +1,4 @@
-"""One way in to all data sets: their names, their splits, and the function that loads pairs of any of them."""
+"""Access to all data sets: their names, their splits, and the function that loads pairs of any of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pairdiff_core.profiles import DATASETS, SPLITS, Profile
 
 LABEL_TABLES = {2: BRAIN_LABELS, 3: {len(LABELS): LABELS}}  # by spatial axes and number of labels
 FOLDERS = {"oasis2d": oasis.find_oasis, "lung250m": lung250m.find_lung250m}  # of the real data
-FIRST_VALIDATION_PHANTOM = 5_000  # phantom subjects are numbered; training ones never get this far
+FIRST_VALIDATION_PHANTOM = 5_000  # number of the first validation subject; training numbers are smaller
 
 
 def default_dataset(spatial_dims: int = 2) -> str:
-    """The data set to use when none is named: real data where the environment names some, else the phantom.
+    """The data set to use when none is named: real data if the environment names some, else the phantom.
 
-    A path that does not exist means the real data too, so that loading it reports the mistake.
+    A path that does not exist also selects the real data, so that loading them reports the mistake.
 
     Args:
         spatial_dims: 2, for "oasis2d" or "phantom2d", or 3, for "lung250m" or "phantom3d".
@@ -59,23 +59,23 @@ def load_pairs(
             "test", for a final comparison: its ten official test cases.
         profile: gives ``spatial``, ``num_labels``, ``max_pairs`` and ``phantom_subjects``.
         data: folder with the real data; None takes the one that PAIRDIFF_OASIS2D or PAIRDIFF_DATA names.
-        seed: of the phantom's subjects, and of the choice where there are more than ``max_pairs`` pairs.
-        cases: of "lung250m" only these cases ("case_008", "008" or "8"), all of them; without any, all of the split.
+        seed: of the phantom's subjects, and of the choice if there are more than ``max_pairs`` pairs.
+        cases: of "lung250m", exactly these cases ("case_008", "008" or "8"); None takes the split.
 
     Returns:
-        At most ``profile.max_pairs`` ordered pairs; in 3D, a pair is one subject, breathed in and out. The
-        phantoms come with displacement and landmarks; their validation split has a quarter as many subjects as their
-        training split, at least three.
+        At most ``profile.max_pairs`` ordered pairs; in 3D, a pair is one subject, breathed in and out. Phantoms have a
+        displacement and landmarks; their validation split has a quarter as many subjects as their training split, but
+        at least three.
 
     Raises:
         DataError: for an unknown data set, split or case, a size or number of labels that it does not have, or data
-            that is missing or not as it should be.
+            that is missing or invalid.
     """
     if dataset not in DATASETS:
-        raise DataError(f"there is no data set {dataset!r}; known are {', '.join(DATASETS)}")
+        raise DataError(f"there is no data set {dataset!r}; choose one of {', '.join(DATASETS)}")
     splits = SPLITS if dataset == "lung250m" else SPLITS[:2]
     if split not in splits:
-        raise DataError(f"{dataset} has no split {split!r}; take one of {', '.join(splits)}")
+        raise DataError(f"{dataset} has no split {split!r}; choose one of {', '.join(splits)}")
     if cases and dataset != "lung250m":
         raise DataError(f"{dataset} has no cases to choose; only lung250m has")
     dims, choices = DATASETS[dataset], LABEL_TABLES[DATASETS[dataset]]
@@ -99,10 +99,10 @@ def load_pairs(
 
 
 def data_files(dataset: str, data: str | Path | None = None) -> list[Path]:
-    """The files of a real data set, sorted; none of a phantom.
+    """The files of a real data set, sorted; an empty list for a phantom.
 
     Raises:
-        DataError: if they are not there.
+        DataError: if they are missing.
     """
     if dataset not in FOLDERS:
         return []
@@ -110,19 +110,19 @@ def data_files(dataset: str, data: str | Path | None = None) -> list[Path]:
 
 
 def label_names(dataset: str, num_labels: int) -> tuple[str, ...]:
-    """Names of the labels of a data set, index = label value; a KeyError if it does not have so many."""
+    """Names of the labels of a data set, index = label value; a KeyError for a number of labels it does not have."""
     return tuple(name for name, _ in LABEL_TABLES[DATASETS[dataset]][num_labels])
 
 
 def grid_affine(dataset: str, spatial: Sequence[int]) -> np.ndarray:
     """Voxel-to-world matrix (4, 4), mm, RAS, of a data set's common field of view on a grid, for viewers.
 
-    Lungs: axis 0 to the patient's left, 1 to the back, 2 upwards, as in most original files. Slices, coronal: axis 0
-    to the right, 1 downwards, and one of 1 mm to the front. Millimetre 0 is the centre of the first voxel of the field
-    of view at 1 mm, whatever the grid.
+    For lungs, axis 0 runs to the patient's left, axis 1 to the back, and axis 2 upwards, as in most original files. For
+    coronal slices, axis 0 runs to the right, axis 1 downwards, and a third axis of 1 mm to the front. The origin is the
+    centre of the first voxel of the field of view at 1 mm, for every grid.
 
     Raises:
-        DataError: for a grid of the lungs that is not one of the frame's.
+        DataError: for a grid of lungs that is not one of the frame's.
     """
     if DATASETS[dataset] == 3:
         spacing = [float(pooling_factor(spatial))] * 3

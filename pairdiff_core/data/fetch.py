@@ -1,7 +1,7 @@
-"""Downloads of the real data: checked by hash, unpacked safely, and complete before they get their name.
+"""Downloads of the real data: checked by hash, unpacked safely, and given their final name only when complete.
 
-A file that is there with the right hash is not fetched again, and one with a wrong hash is never used. To add files to
-the lung data, append lines of ``path sha256`` to ``lung250m_registry.txt``; the next call fetches what is missing.
+A file that exists with the right hash is not fetched again, and one with a wrong hash is never used. To add files to
+the lung data, append lines of ``path sha256`` to ``lung250m_registry.txt``; the next call fetches the missing ones.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ pooch.get_logger().setLevel("WARNING")  # otherwise two lines per file
 
 
 def fetch_oasis2d(to: str | Path, *, progress: bool = True) -> Path:
-    """Download and unpack neurite-oasis 2D (24 MB, 414 subjects) unless it is there already.
+    """Download and unpack neurite-oasis 2D (24 MB, 414 subjects) unless it already exists.
 
     Args:
-        to: folder to put it in; set PAIRDIFF_DATA to the same.
+        to: folder to save it in; set PAIRDIFF_DATA to the same folder.
         progress: whether to show a bar.
 
     Returns:
         The folder with the data, ``to/neurite-oasis.2d.v1.0``.
 
     Raises:
-        FetchError: if it cannot be had; the message gives address, hash and target path, to do it by hand.
+        FetchError: if the download fails; the message gives address, hash and target path for doing it by hand.
     """
     folder = Path(to).expanduser() / OASIS_FOLDER
     if (folder / SUBJECTS).is_file():
@@ -65,7 +65,7 @@ def fetch_oasis2d(to: str | Path, *, progress: bool = True) -> Path:
     shutil.rmtree(part, ignore_errors=True)  # what an interrupted call left
     try:
         with tarfile.open(archive, "r:") as tar:  # not compressed
-            tar.extractall(part, filter="data")  # refuses what would lie outside, and devices
+            tar.extractall(part, filter="data")  # refuses paths outside the folder, and devices
         listed = next(part.rglob(SUBJECTS), None)
         if listed is None:
             raise tarfile.TarError(f"it holds no {SUBJECTS}")
@@ -78,13 +78,13 @@ def fetch_oasis2d(to: str | Path, *, progress: bool = True) -> Path:
 
 
 def fetch_lung250m(to: str | Path, *, progress: bool = True, motions: bool = True) -> Path:
-    """Download the lung vessels (12 MB, 10 training, 17 validation and 10 test pairs), as far as they are not there.
+    """Download the lung vessels that are missing (12 MB in all: 10 training, 17 validation and 10 test pairs).
 
-    With ``motions``, also the correspondences of 74 more training patients (22 MB), which say how people breathe.
+    With ``motions``, also download the correspondences of 74 more training patients (22 MB), for their motions.
 
-    A new folder is called ``lung250m.part`` until all is there, so that half a data set is never taken for a whole
-    one; the next call goes on with it. A folder that has its name already is completed. Arguments, result and errors
-    are those of :func:`fetch_oasis2d`.
+    A new folder is called ``lung250m.part`` until it is complete, so that an incomplete data set is never used; the
+    next call continues with it. Files missing from an existing folder ``lung250m`` are added. Arguments, result and
+    errors are those of :func:`fetch_oasis2d`.
     """
     folder = Path(to).expanduser() / LUNG_FOLDER
     working = folder if folder.exists() else folder.with_name(f"{LUNG_FOLDER}.part")
@@ -101,7 +101,7 @@ def fetch_lung250m(to: str | Path, *, progress: bool = True, motions: bool = Tru
         archive = f"https://github.com/{LUNG_REPOSITORY}/archive/{LUNG_COMMIT}.zip"
         by_hand = f"Or all at once: download {archive}, unpack it as {working}, and run this again."
         raise FetchError(f"{error} {by_hand}") from error
-    return working.rename(folder)  # changes nothing if it was there before
+    return working.rename(folder)  # has no effect if it already existed
 
 
 def _only_a_motion(name: str, files: pooch.Pooch) -> bool:
@@ -111,12 +111,12 @@ def _only_a_motion(name: str, files: pooch.Pooch) -> bool:
 
 
 def _fetch(files: pooch.Pooch, name: str, progress: bool = False) -> Path:
-    """One file of a registry, downloaded unless it is there already with the right hash."""
+    """One file of a registry, downloaded unless it already exists with the right hash."""
     try:
         return Path(files.fetch(name, downloader=pooch.HTTPDownloader(progressbar=progress, headers=HEADERS)))
     except (ValueError, OSError) as error:  # a wrong hash; or the network (also an OSError) or the disk
         no_answer = isinstance(error, requests.RequestException) and error.response is None
-        reason = f"no connection, or it broke off: {type(error).__name__}" if no_answer else error
+        reason = f"no connection, or it was interrupted: {type(error).__name__}" if no_answer else error
         algorithm, _, value = files.registry[name].rpartition(":")
         raise FetchError(
             f"{files.get_url(name)} could not be downloaded ({reason}). By hand: download it with a browser, check "

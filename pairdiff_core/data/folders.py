@@ -1,4 +1,4 @@
-"""Where the folder of a real data set is, and a choice of its pairs."""
+"""Find the folder of a real data set, and choose some of its pairs at random."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Item = TypeVar("Item")
 def find_folder(
     data: str | Path | None, variables: Sequence[str], names: Sequence[str], contents: Sequence[str], how_to: str
 ) -> Path:
-    """The folder of a data set: what ``data`` or else the first set environment variable names, or a folder in it.
+    """The folder of a data set: the one that ``data`` or the first set environment variable names, or one inside it.
 
-    It is called one of ``names`` if it is inside, and holds at least one of ``contents``.
+    A folder inside must have one of the ``names``. In either case, it must hold at least one of ``contents``.
 
     Raises:
         DataError: if there is none; the message ends with ``how_to``, which says how to get the data.
@@ -39,7 +39,7 @@ def find_folder(
 
 
 def random_choice(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:
-    """At most ``number`` of the items, chosen at random by a seed, in their order; None takes all."""
+    """At most ``number`` of the items, chosen at random by a seed, in their original order; None takes all."""
     if number is None or len(items) <= number:
         return list(items)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))

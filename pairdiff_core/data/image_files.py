@@ -1,4 +1,4 @@
-"""Images from files of several formats, read whole, or refused with the file's name and what to do."""
+"""Read images of several formats; for an unsuitable file, the error names it and says what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 OF_SIMPLEITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 IN_TWO_FILES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 READ = ".nii, .nii.gz, .hdr/.img, .mgz, .mgh, .nrrd, .nhdr, .mha and .mhd"
-# what nibabel raises for damaged headers: the last two for those of FreeSurfer
+# what nibabel raises for damaged headers; the last two are for FreeSurfer's formats
 UNREADABLE = (
     ImageFileError,
     HeaderDataError,
@@ -33,14 +33,14 @@ UNREADABLE = (
     KeyError,
     TypeError,
 )
-EXACT = 2**53  # float64 holds whole numbers up to here
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # else a line beside each error that it raises
+EXACT = 2**53  # float64 holds all whole numbers up to this
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # otherwise it also logs each error that it raises
 
 
 def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """The values of an image with its scale factors applied, and the image for its header and affine.
+    """Read the values of an image, with its scale factors applied, and the image for its header and affine.
 
-    NIfTI-1 and NIfTI-2, Analyze and FreeSurfer's formats by nibabel, .nrrd and .mha by SimpleITK. Vectors of the
+    nibabel reads NIfTI-1, NIfTI-2, Analyze and FreeSurfer's formats; SimpleITK reads .nrrd and .mha. Vectors of the
     latter are values (X, Y, Z, 1, D) or (X, Y, 1, 1, D), as NIfTI stores them.
 
     Raises:
@@ -50,7 +50,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     name = path.name.lower()
     if name.endswith((".npy", ".npz")):
         raise DataError(
-            f"{path} has no voxel size and no place. Save it as NIfTI, with an affine of yours: nibabel.save("
+            f"{path} has no voxel size and no position. Save it as NIfTI with an affine: nibabel.save("
             "nibabel.Nifti1Image(numpy.load(...), affine), 'x.nii.gz')."
         )
     if name.endswith(OF_SIMPLEITK):
@@ -64,7 +64,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is truncated or damaged ({error}). Fetch it again.") from error
     if values.dtype.kind not in "uif":
-        raise DataError(f"{path} holds {values.dtype} values, not numbers. Export it again, labels as whole numbers.")
+        raise DataError(f"{path} holds {values.dtype} values, not numbers. Export it again; labels are whole numbers.")
     return values.astype(values.dtype.newbyteorder("="), copy=False), image
 
 
@@ -80,14 +80,14 @@ def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     broken = ~is_whole(values)
     if scaled and np.abs(values).max(initial=0) > EXACT:
         raise DataError(
-            f"{path} holds labels up to {np.abs(values).max():.9g} behind the scale factor {step:.6g}, which keeps no "
-            "more than 53 bits of them. Save it again as integers without a scale factor."
+            f"{path} holds labels up to {np.abs(values).max():.9g} with the scale factor {step:.6g}, which keeps at "
+            "most 53 bits of them. Save it again as integers without a scale factor."
         )
     if broken.any():
         example = f"{path} holds values that are not whole numbers, such as {values[broken][0]:.9g}"
         if scaled:
             raise DataError(
-                f"{example}: its header multiplies what is stored by the scale factor {step:.6g}. Save it again as "
+                f"{example}: its header multiplies the stored values by the scale factor {step:.6g}. Save it again as "
                 "integers without a scale factor."
             )
         raise DataError(
@@ -98,10 +98,9 @@ def read_label_image(path: str | Path) -> tuple[np.ndarray, nib.Nifti1Image]:
 
 
 def near_whole(values: np.ndarray, image: nib.Nifti1Image) -> np.ndarray:
-    """The values that :func:`read_image` gave, as the whole numbers that were meant.
+    """Values of :func:`read_image`, rounded to whole numbers if a scale factor has moved them slightly off.
 
-    Where a scale factor in the header keeps the stored integers from meeting them, they are rounded: to whole numbers
-    within half a step of the scale. Other values stay as they are.
+    A value is rounded if the nearest whole number is within half a step of the scale. Other values are not changed.
     """
     step, scaled = _scale(values, image)
     if not scaled or not 0 < step < 1:  # with larger steps, whole numbers between them are lost
@@ -123,9 +122,9 @@ def _scale(values: np.ndarray, image: nib.Nifti1Image) -> tuple[float, bool]:
 
 
 def _of_one_file(path: Path) -> nib.Nifti1Image:
-    """NIfTI-1, NIfTI-2 or FreeSurfer's format, by what is in the file."""
+    """Read NIfTI-1, NIfTI-2 or FreeSurfer's format."""
     try:
-        # whole, so that the checksum at the end is looked at: nibabel alone stops reading before it
+        # read to the end, so that the checksum there is verified; nibabel alone stops before it
         content = path.read_bytes()
         content = gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
     except (EOFError, OSError, zlib.error) as error:
@@ -139,10 +138,10 @@ def _of_one_file(path: Path) -> nib.Nifti1Image:
         image = kind.from_bytes(content)
     except UNREADABLE as error:
         raise DataError(
-            f"{path} is not a NIfTI image ({error}). Fetch or export it again. Readable are {READ}; convert others, "
-            "such as by SimpleITK.WriteImage(SimpleITK.ReadImage(...), 'x.nii.gz')."
+            f"{path} is not a NIfTI image ({error}). Fetch or export it again. {READ} can be read; convert others, "
+            "such as with SimpleITK.WriteImage(SimpleITK.ReadImage(...), 'x.nii.gz')."
         ) from error
-    # before nibabel makes room for what a wrong header promises, which may be more than the memory has
+    # before nibabel allocates memory for the size in the header, which may be wrong and too large
     needed = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
     if len(content) < needed:
         raise DataError(f"{path} is truncated: it has {len(content)} of {needed} bytes. Fetch it again.")
@@ -150,14 +149,14 @@ def _of_one_file(path: Path) -> nib.Nifti1Image:
 
 
 def _of_two_files(path: Path) -> nib.Nifti1Image:
-    """A NIfTI or Analyze image of a .hdr and an .img file, by the name of either."""
+    """Read a NIfTI or Analyze image from its .hdr and .img file, given either of them."""
     try:
         image = nib.load(path)
     except UNREADABLE as error:
         raise DataError(f"{path} is not an image of a .hdr and an .img file ({error}). Export it again.") from error
     if isinstance(image, nib.Nifti1Pair):
         return image
-    header = nib.Nifti1Header()  # Analyze has voxel sizes, but no place: as NIfTI without forms
+    header = nib.Nifti1Header()  # Analyze has voxel sizes, but no position, like NIfTI without forms
     header.set_data_dtype(image.get_data_dtype())
     header.set_data_shape(image.shape)
     header.set_zooms(image.header.get_zooms())
@@ -165,8 +164,8 @@ def _of_two_files(path: Path) -> nib.Nifti1Image:
 
 
 def _by_simpleitk(path: Path) -> nib.Nifti1Image:
-    """An image of two or three axes, of numbers or vectors, in LPS."""
-    import SimpleITK as sitk  # for these formats alone
+    """Read an image of two or three axes, of numbers or vectors, with SimpleITK."""
+    import SimpleITK as sitk  # only these formats need it
 
     try:
         image = sitk.ReadImage(str(path))
@@ -175,7 +174,7 @@ def _by_simpleitk(path: Path) -> nib.Nifti1Image:
         raise DataError(f"{path} cannot be read by SimpleITK ({reason}). Fetch or export it again.") from error
     dims = image.GetDimension()
     if dims not in (2, 3):
-        raise DataError(f"{path} has {dims} axes: no volume (X, Y, Z) or slice (X, Y). Take one volume of it.")
+        raise DataError(f"{path} has {dims} axes: it is not a volume (X, Y, Z) or slice (X, Y). Take one volume of it.")
     affine, values, vectors = ras_affine(image), sitk.GetArrayFromImage(image), image.GetNumberOfComponentsPerPixel()
     if vectors > 1:
         values = values.transpose(*reversed(range(dims)), dims)  # (Z, Y, X, C) -> (X, Y, Z, C)
@@ -189,7 +188,7 @@ def _by_simpleitk(path: Path) -> nib.Nifti1Image:
 
 
 def ras_affine(image: Any) -> np.ndarray:
-    """Voxel-to-world matrix (4, 4), mm, RAS, of an image, or a reader of one, of SimpleITK with two or three axes."""
+    """Voxel-to-world matrix (4, 4), mm, RAS, of a SimpleITK image or image reader with two or three axes."""
     dims, affine = len(image.GetSpacing()), np.eye(4)
     affine[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * image.GetSpacing()
     affine[:dims, 3] = image.GetOrigin()

@@ -17,7 +17,7 @@ LABELS = (("Background", (0, 0, 0)), ("Vessel", (205, 62, 78)))
 
 
 def frame_offset(shape: Sequence[int]) -> tuple[int, ...]:
-    """Where voxel 0 of a volume of this shape lies in the common frame; negative where the frame crops it.
+    """Position of voxel 0 of a volume of this shape in the common frame; negative where the frame crops the volume.
 
     Add it to voxel coordinates of the volume to get those of the frame.
     """
@@ -29,7 +29,7 @@ def to_frame(volume: torch.Tensor) -> torch.Tensor:
     """A volume (H, W, D), padded with zeros or cropped to the common frame (256, 208, 256)."""
     before = frame_offset(volume.shape)
     after = [frame - size - pad for frame, size, pad in zip(FRAME, volume.shape, before, strict=True)]
-    pads = [pad for axis in (2, 1, 0) for pad in (before[axis], after[axis])]  # the last axis comes first
+    pads = [pad for axis in (2, 1, 0) for pad in (before[axis], after[axis])]  # F.pad takes the last axis first
     return F.pad(volume, pads)
 
 
@@ -37,11 +37,11 @@ def pooling_factor(spatial: Sequence[int]) -> int:
     """How many times coarser than the common frame a grid is: 1, 2 or 4.
 
     Raises:
-        DataError: for another grid; its voxels would not be blocks of those of the frame.
+        DataError: for any other grid, because its voxels would not be blocks of the frame's.
     """
     grids = {tuple(size // factor for size in FRAME): factor for factor in FACTORS}
     if tuple(spatial) not in grids:
-        raise DataError(f"the lungs come on the grids {', '.join(map(str, grids))}, not on {tuple(spatial)}")
+        raise DataError(f"the lungs are available on the grids {', '.join(map(str, grids))}, not on {tuple(spatial)}")
     return grids[tuple(spatial)]
 
 
@@ -53,7 +53,7 @@ def lung_pair_set(
 ) -> PairSet:
     """Pairs of lungs on a grid of the frame: labels uint8 (N, 2, *spatial), fixed and moving of each of N subjects.
 
-    Landmarks (K, 2, 3), one tensor a subject, and displacement (N, 3, *spatial) are in voxels of that grid.
+    Landmarks (K, 2, 3), one tensor per subject, and displacement (N, 3, *spatial) are in voxels of that grid.
     """
     names, colours = zip(*LABELS, strict=True)
     return PairSet(

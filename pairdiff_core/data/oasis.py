@@ -1,12 +1,12 @@
-"""Brain slices in the layout of neurite-oasis 2D: one folder of label maps a slice, pairs by subject.
+"""Brain slices in the layout of neurite-oasis 2D: one folder of label maps per slice, paired across subjects.
 
-The layout: ``subjects.txt`` (one folder name a line), the FreeSurfer colour tables ``seg4_labels.txt`` and
+The layout: ``subjects.txt`` (one folder name per line), the FreeSurfer colour tables ``seg4_labels.txt`` and
 ``seg24_labels.txt`` (``id name R G B A``), and in every folder ``slice_seg4.nii.gz`` and
 ``slice_seg24.nii.gz``. A folder ``BRAIN_03_S08`` is slice S08 of subject BRAIN_03; any other name is a
 subject with one slice. Nothing else is read.
 
-Slices come out with the patient's left at low indices of array axis 0, whichever way they are stored, and the crown at
-low indices of axis 1. The header does not say which way that is, but the 24 structures do.
+Loaded slices have the patient's left at low indices of array axis 0, however they are stored, and the crown at low
+indices of axis 1. The header does not give the direction of axis 0, but the 24 structures do.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def find_oasis(data: str | Path | None = None) -> Path:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Folder name as (subject, slice): BRAIN_03_S08 is ("BRAIN_03", "S08"), other names are (name, "")."""
+    """Split a folder name into (subject, slice): BRAIN_03_S08 gives ("BRAIN_03", "S08"), other names (name, "")."""
     match = re.fullmatch(r"(.+)_(S\d+)", name)
     return match.groups() if match else (name, "")
 
@@ -71,14 +71,14 @@ def read_subjects(folder: Path) -> tuple[str, ...]:
     try:
         return tuple(dict.fromkeys(path.read_text(encoding="utf-8").split()))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} must list the slice folders, one name a line, but {error}.") from error
+        raise DataError(f"{path} must list the slice folders, one name per line ({error}).") from error
 
 
 def split_subjects(names: Sequence[str], split: str) -> tuple[str, ...]:
-    """Those of the folder ``names`` that belong to a split, "train" or "validation".
+    """The folder ``names`` that belong to a split, "train" or "validation".
 
     The last fifth of the subjects in alphabetical order (at least two) is the validation split. All slices of a
-    subject fall into the same split.
+    subject are in the same split.
 
     Raises:
         DataError: if there are fewer than four subjects, too few for pairs in both splits.
@@ -101,8 +101,8 @@ def read_label_table(path: Path, num_labels: int) -> tuple[tuple[str, ...], tupl
     columns = [("label", int), ("name", "U99"), ("red", int), ("green", int), ("blue", int)]
     try:
         table = np.loadtxt(path, columns, usecols=range(5), ndmin=1, encoding="utf-8")
-    except (OSError, ValueError) as error:  # it names the file or the row
-        raise DataError(f"{path} must list `id name R G B A`, one label a line, but {error}.") from error
+    except (OSError, ValueError) as error:  # the error names the file or the row
+        raise DataError(f"{path} must list `id name R G B A`, one label per line ({error}).") from error
     table = np.sort(table, order="label")
     found = table["label"].tolist()
     if found != list(range(num_labels)):
@@ -114,7 +114,7 @@ def read_slice(path: Path, num_labels: int) -> tuple[torch.Tensor, tuple[float, 
     """One label slice as stored, uint8 (H, W), and its spacing in mm.
 
     Raises:
-        DataError: if the file is no readable NIfTI, is not one slice, or holds anything but whole numbers from 0 to
+        DataError: if the file is not a readable NIfTI of one slice, or holds anything but whole numbers from 0 to
             ``num_labels - 1``.
     """
     values, image = read_label_image(path)
@@ -123,14 +123,14 @@ def read_slice(path: Path, num_labels: int) -> tuple[torch.Tensor, tuple[float, 
     if values.ndim != 2:
         raise DataError(f"{path} has shape {values.shape}; expected one slice, (H, W) or (H, W, 1).")
     for label in np.setdiff1d(values, np.arange(num_labels)):
-        raise DataError(f"{path} holds the label {label:g}, not in the label table, 0 to {num_labels - 1}.")
+        raise DataError(f"{path} holds the label {label:g}, which is not in the label table (0 to {num_labels - 1}).")
     return torch.from_numpy(values.astype(np.uint8)), tuple(float(mm) for mm in image.header.get_zooms()[:2])
 
 
 def _left_is_last(folder: Path, name: str) -> bool:
     """Whether the slices of this data set store the patient's left at the high indices of axis 0.
 
-    It follows from the 24 structures of one slice; without them (or any in the slice) it is as in neurite-oasis: True.
+    The 24 structures of one slice determine it. Without them (or any in the slice), it is True, as in neurite-oasis.
     """
     structures = folder / name / "slice_seg24.nii.gz"
     if not structures.is_file():
@@ -154,7 +154,7 @@ def load_subjects(
         spatial: grid to resize to, by majority vote; None keeps the stored one.
 
     Raises:
-        DataError: for anything in the folder that is not as the layout says; the message names the file.
+        DataError: if the folder does not follow the layout; the message names the file.
     """
     names = tuple(names or read_subjects(folder))
     label_names, colours = read_label_table(folder / f"seg{num_labels - 1}_labels.txt", num_labels)
@@ -164,7 +164,7 @@ def load_subjects(
     for path, image in zip(files, images, strict=True):
         if image.shape != stored:
             differs = f"has shape {tuple(image.shape)}, but {files[0]} has {stored}"
-            raise DataError(f"{path} {differs}. Resample the one that differs, or take it out of {SUBJECTS}.")
+            raise DataError(f"{path} {differs}. Resample the one that differs, or remove it from {SUBJECTS}.")
     labels = torch.stack(images)
     if _left_is_last(folder, names[0]):
         labels = labels.flip(1)
@@ -175,7 +175,7 @@ def load_subjects(
 
 
 def make_pairs(slices: OasisSlices, *, max_pairs: int | None = None, seed: int = 0) -> PairSet:
-    """Ordered pairs of two different subjects at the same slice; of more than ``max_pairs`` a random choice.
+    """Ordered pairs of two different subjects at the same slice; at most ``max_pairs``, chosen at random by ``seed``.
 
     Raises:
         DataError: if no two subjects share a slice.

@@ -22,7 +22,7 @@ from scipy.interpolate import CubicHermiteSpline
 from pairdiff_core import fields
 from pairdiff_core.pairs import PairSet, resize_labels
 
-SPATIAL = (160, 192)  # the grid of the OASIS slices, 1 mm voxels: warps live here, whatever grid is asked for
+SPATIAL = (160, 192)  # the grid of the OASIS slices, 1 mm voxels; warps use it for every output grid
 MIDLINE = 79.5  # mm along axis 0
 
 # fmt: off
@@ -47,17 +47,17 @@ TISSUES = (
 # tissue of each structure: 1 cortex (of the cerebellum too), 2 subcortical grey, 3 white matter, 4 CSF
 TISSUE_OF_STRUCTURE = (0, 3, 1, 4, 2, 2, 2, 2, 4, 2, 2, 2, 2, 1, 3, 1, 4, 2, 2, 2, 2, 2, 2, 2, 1)
 RIGHT_OF_LEFT = (0, 14, 15, 16, 17, 18, 19, 20, 8, 9, 21, 22, 23, 24)  # the same structure on the other side
-CEREBELLUM = 13  # it alone has folia
+CEREBELLUM = 13  # the only structure with folia
 LABEL_TABLES = {5: TISSUES, 25: STRUCTURES}
-LABEL_OF_STRUCTURE = {5: TISSUE_OF_STRUCTURE, 25: range(25)}  # in a label map with so many labels
+LABEL_OF_STRUCTURE = {5: TISSUE_OF_STRUCTURE, 25: range(25)}  # by number of labels
 
 # The template, drawn for one half: points are (mm from the midline, mm below the top of the field of view).
 
 CORTEX_MM = 2.9  # thickness of the ribbon
 FISSURE_MM = 0.9  # half the width of a sulcus
 CROWN_MM = 6.0  # how far from a sulcus the crowns of its gyri begin to round off
-REACH_MM = 12.0  # distances are known up to here; all that is deeper in the brain is white matter or nuclei
-FINE = 3  # the template is kept as an image of 1 / FINE mm
+REACH_MM = 12.0  # distances are computed up to this; all deeper parts are white matter or nuclei
+FINE = 3  # the template is stored as an image of 1 / FINE mm
 
 # fmt: off
 # the pial surface from the corpus callosum over the crown and the temporal pole to the parahippocampal gyrus
@@ -83,7 +83,7 @@ SULCI_RIGHT = (
     ((72, 98), (62, 94), (55, 92), (50, 95)), ((69, 106), (64, 103)), ((57, 119), (53, 111), (47, 109)),
     ((35, 121), (37.5, 114)), ((-1, 43), (6, 42), (12, 46), (16, 44.5)), ((-1, 30), (5, 31)),
 )
-# (label on the left, outline), drawn one over the other in this order; 0 is CSF around the third ventricle
+# (label on the left, outline), drawn on top of each other in this order; 0 is CSF around the third ventricle
 NUCLEI = (
     (0, ((-4, 77), (3, 77), (3.5, 84), (4, 94), (-4, 94))),
     (9, ((-6, 98), (4, 99), (9, 102), (14, 107), (15.5, 115), (13, 124), (9, 131), (7, 142), (5, 146), (-6, 146))),
@@ -128,7 +128,7 @@ def _distance(x: np.ndarray, y: np.ndarray, lines: Sequence[np.ndarray]) -> np.n
 
 def _inside(x: np.ndarray, y: np.ndarray, outline: np.ndarray) -> np.ndarray:
     """Whether the points (x, y), each (M,), lie in a closed polyline (P, 2), by the even-odd rule."""
-    inside = np.zeros(x.shape, bool)  # matplotlib's Path is of no help: it counts points on the outline unevenly
+    inside = np.zeros(x.shape, bool)  # not matplotlib's Path: it is inconsistent for points on the outline
     for (x0, y0), (x1, y1) in zip(outline.tolist(), np.roll(outline, -1, axis=0).tolist(), strict=True):
         if y0 != y1:
             inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (x1 - x0) * (y - y0) / (y1 - y0))
@@ -138,7 +138,7 @@ def _inside(x: np.ndarray, y: np.ndarray, outline: np.ndarray) -> np.ndarray:
 def _draw_half(x: np.ndarray, y: np.ndarray, sulci: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
     """Labels of one half of the template at the points (x, y), each (M,), with the ids of the left side.
 
-    The cortex is all within CORTEX_MM of the pial surface, which dives into the brain along the sulci.
+    The cortex is everything within CORTEX_MM of the pial surface, which extends into the brain along the sulci.
     """
     pial = _curve(PIAL)
     from_pial = _distance(x, y, [pial])
@@ -192,7 +192,7 @@ def _subject_velocity(seed: int, index: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed((seed << 20) + index)
     from_centre = fields.identity_grid(SPATIAL) - torch.tensor([MIDLINE, 80.0]).reshape(2, 1, 1)
     size = torch.randn((2, 2), generator=generator) * torch.tensor([[0.05, 0.02], [0.02, 0.05]])
-    velocity = torch.einsum("de,ehw->dhw", size, from_centre)[None]  # larger or smaller, sheared, turned
+    velocity = torch.einsum("de,ehw->dhw", size, from_centre)[None]  # scaled, sheared, rotated
     for amplitude, smoothness in ((1.8, 60.0), (1.6, 30.0), (1.0, 16.0)):  # head, lobes, gyri
         scale = {"amplitude": amplitude, "smoothness": smoothness}
         velocity += fields.random_velocity(1, SPATIAL, **scale, generator=generator)
@@ -211,9 +211,9 @@ def _subject_velocity(seed: int, index: int) -> torch.Tensor:
 def brain_subjects(
     number: int, *, spatial: Sequence[int] = SPATIAL, num_labels: int = 5, seed: int = 0, first: int = 0
 ) -> BrainSubjects:
-    """Phantom subjects ``first`` to ``first + number - 1`` of a seed; each the same whatever ``number`` is.
+    """Phantom subjects ``first`` to ``first + number - 1`` of a seed; each is the same for every ``number``.
 
-    Every size ``spatial`` shows the same 160 x 192 mm, by majority vote. ``num_labels`` is 5 (tissues) or 25
+    Every grid ``spatial`` covers the same 160 x 192 mm, by majority vote. ``num_labels`` is 5 (tissues) or 25
     (structures), background included.
     """
     velocity = torch.cat([_subject_velocity(seed, first + index) for index in range(number)])
@@ -249,14 +249,14 @@ def brain_pairs(
 ) -> PairSet:
     """Pairs of two different phantom subjects, with displacement and landmarks.
 
-    At most ``number``, a random choice by ``seed`` of all ordered pairs of the ``subjects`` people (at least 2) from
-    number ``first_subject`` on; see :func:`brain_subjects` for ``spatial`` and ``num_labels``.
+    At most ``number`` pairs, chosen at random by ``seed`` from all ordered pairs of ``subjects`` people (at least 2),
+    numbered from ``first_subject``; see :func:`brain_subjects` for ``spatial`` and ``num_labels``.
     """
     people = brain_subjects(subjects, spatial=spatial, num_labels=num_labels, seed=seed, first=first_subject)
     ordered = torch.tensor(list(permutations(range(subjects), 2)))
     generator = torch.Generator().manual_seed((seed << 20) + first_subject)
     fixed, moving = ordered[torch.randperm(len(ordered), generator=generator)[:number]].T
-    displacement = [  # a few at a time: on a coarse grid the full-size fields would be most of the memory
+    displacement = [  # a few at a time: on a coarse grid the full-size fields would take most of the memory
         fields.resize_field(fields.compose(people.to_template[i], people.from_template[j]), spatial)
         for i, j in zip(fixed.split(32), moving.split(32), strict=True)
     ]

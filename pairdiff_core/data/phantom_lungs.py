@@ -1,8 +1,8 @@
-"""Phantom lungs: vessel trees drawn from curves, breathed in and out along an exactly known displacement.
+"""Phantom lungs: vessel trees drawn from curves, breathed in and out with an exactly known displacement.
 
-A *subject* has two lungs, an artery and a vein tree in each. As in the real pairs the *fixed* image is breathed in and
-the *moving* one breathed out. Curves, not voxels, are moved and drawn again, so both images are sharp and the
-displacement is known everywhere. Landmarks are branch points.
+A *subject* has two lungs, each with an artery tree and a vein tree. As in the real pairs, the *fixed* image is breathed
+in and the *moving* one breathed out. The curves are moved and drawn again, not the voxels, so both images are sharp and
+the displacement is known everywhere. Landmarks are branch points.
 
 Millimetres are voxels of the frame in :mod:`pairdiff_core.data.lung_frame`. Its axes run to the patient's left, to the
 back, and upwards.
@@ -20,7 +20,7 @@ from pairdiff_core import fields
 from pairdiff_core.data.lung_frame import FRAME, lung_pair_set, pooling_factor
 from pairdiff_core.pairs import PairSet
 
-NODE_MM = 8  # the displacement is made on a grid of such voxels, fine enough for something so smooth
+NODE_MM = 8  # voxel size of the displacement's grid, which is fine enough because it is smooth
 NODES = tuple(size // NODE_MM for size in FRAME)
 SHALLOW_MM, DEEP_MM = 18.0, 24.0  # largest displacement of a subject
 
@@ -29,14 +29,14 @@ LUNG = np.array([54.0, 84.0, 112.0])  # half the extent of one lung
 APART_MM = 60.0  # from MIDDLE to the middle of one lung
 # centre and half the extent of the heart, a dent in both lungs, larger in the left one
 HEART, HEART_SIZE = np.array([142.0, 70.0, 85.0]), np.array([44.0, 52.0, 62.0])
-# where artery and vein enter a lung: mm beside the midline, then along axes 1 and 2
+# where artery and vein enter a lung: mm from the midline, then along axes 1 and 2
 ROOTS = ((26.0, 98.0, 150.0), (26.0, 116.0, 128.0))
 
 DIVISIONS = 9  # a tree has 2**DIVISIONS - 1 branches
-POINTS = 4  # a last branch ends in the middle of that many
+POINTS = 4  # a last branch ends at the mean of this many points
 TIP_MM = 1.9  # radius of the last branches, dilated by a voxel as the real ones are
 TAPER = 2**-0.2  # radius of a branch over that of its parent
-LANDMARK_DIVISIONS = (2, 3, 4)  # their ends are landmarks: (4 + 8 + 16) a tree
+LANDMARK_DIVISIONS = (2, 3, 4)  # their ends are landmarks: (4 + 8 + 16) per tree
 
 
 class Tree(NamedTuple):
@@ -51,8 +51,8 @@ class Tree(NamedTuple):
 def lung_pairs(number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, first_subject: int = 0) -> PairSet:
     """Pairs of the phantom subjects ``first_subject`` to ``first_subject + number - 1``, one pair each.
 
-    ``spatial`` is (256, 208, 256), or its half or quarter, where a voxel is vessel if any of its millimetres is; a
-    DataError says so for another grid. A subject depends on its number and the seed only. Labels are 0 and 1, with
+    ``spatial`` is (256, 208, 256), or its half or quarter, where a voxel is vessel if any full-size voxel in it is; any
+    other grid raises a DataError. A subject depends on its number and the seed only. Labels are 0 and 1, with
     displacement and landmarks; 1.5 to 3 % of the voxels at full size are vessel.
     """
     spatial, factor = tuple(spatial), pooling_factor(spatial)
@@ -74,7 +74,7 @@ def lung_pairs(number: int, *, spatial: Sequence[int] = FRAME, seed: int = 0, fi
 
 
 def lung_correspondences(subject: int, seed: int = 0) -> torch.Tensor:
-    """Where the branches of a phantom subject end, float (K, 2, 3) in mm, breathed in and breathed out."""
+    """End points of the branches of a phantom subject, float (K, 2, 3) in mm, breathed in and breathed out."""
     ends = _grow_trees(np.random.default_rng((seed, subject))).end
     motion = _breathe_out(torch.Generator().manual_seed((seed << 20) + subject))
     return torch.from_numpy(np.stack([ends, _move(ends, motion)], 1)).float()
@@ -97,7 +97,7 @@ def _breathe_out(generator: torch.Generator) -> torch.Tensor:
 
 
 def _move(points: np.ndarray, displacement: torch.Tensor) -> np.ndarray:
-    """Points (M, 3) in mm, moved along a displacement in voxels of the node grid."""
+    """Points (M, 3) in mm, moved by a displacement in voxels of the node grid."""
     at_nodes = fields.resize_points(torch.from_numpy(points).float(), FRAME, NODES)
     return points + NODE_MM * fields.sample_at(displacement[0], at_nodes).numpy()
 
@@ -129,7 +129,7 @@ def _grow_trees(random: np.random.Generator) -> Tree:
 def _grow(points: np.ndarray, start: np.ndarray, direction: np.ndarray, random: np.random.Generator) -> Tree:
     """A tree from ``start`` (3,), first along ``direction`` (3,), into ``points`` (POINTS * 2**(DIVISIONS - 1), 3).
 
-    Each branch ends half-way to the middle of its points, then they are halved across their longest extent, and each
+    Each branch ends about half-way to the mean of its points. They are then split across their longest extent, and each
     half gets a branch (after Wang et al., IEEE Trans Biomed Eng 1992, and Tawhai et al., Ann Biomed Eng 2000).
     """
     clouds, starts, directions, branches = points[None], start[None], direction[None], []
@@ -166,7 +166,7 @@ def _along(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
 def _draw(centres: np.ndarray, radii: np.ndarray, factor: int) -> torch.Tensor:
     """Balls at ``centres`` (M, 3) in mm, as 1 in a volume ``factor`` times coarser than the frame, uint8."""
     volume = np.zeros([size // factor for size in FRAME], np.uint8)
-    for part in np.array_split(radii.argsort(), 1 + len(radii) // 500):  # balls of about one size, few MB at once
+    for part in np.array_split(radii.argsort(), 1 + len(radii) // 500):  # balls of similar size, a few MB at a time
         reach = int(np.ceil(radii[part].max()))
         near = np.moveaxis(np.indices([2 * reach + 3] * 3), 0, -1).reshape(-1, 3) - reach - 1
         near = near[(near**2).sum(1) <= (reach + 0.9) ** 2].astype(np.int32)  # voxels around the nearest one

@@ -15,7 +15,7 @@ class CodebookUse(NamedTuple):
 
 
 def codebook_use(tokens: Tensor, codes: int) -> CodebookUse:
-    """Use of a codebook by tokens of any shape. ValueError without tokens or if one is not in 0 to ``codes`` - 1."""
+    """The use of a codebook by tokens of any shape. ValueError without tokens, or if one is not 0 to ``codes`` - 1."""
     if not tokens.numel() or tokens.min() < 0 or tokens.max() >= codes:
         raise ValueError(f"tokens must be integers from 0 to {codes - 1}, at least one")
     used, perplexity = codebook_statistics(tokens, codes).values()
@@ -25,7 +25,7 @@ def codebook_use(tokens: Tensor, codes: int) -> CodebookUse:
 def codebook_statistics(tokens: Tensor, codes: int) -> dict[str, Tensor]:
     """``codes used`` and ``perplexity`` as scalar tensors, as in :class:`CodebookUse`.
 
-    For the training loop: the host does not wait for the GPU, and so cannot check the tokens.
+    For the training loop: the host does not wait for the GPU, so the tokens are not checked.
     """
     counts = _counts(tokens, codes)
     share = counts.double() / counts.sum()

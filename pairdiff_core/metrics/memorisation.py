@@ -24,7 +24,7 @@ def pair_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _agreement(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Voxels with the same structure, and voxels in the union of the foregrounds, of (N, V) and (M, V)."""
-    # real pairs are combinations of a few images: each image is compared once only
+    # real pairs are combinations of a few images: each image is compared only once
     a, a_index = torch.unique(a, dim=0, return_inverse=True)
     b, b_index = torch.unique(b, dim=0, return_inverse=True)
     same = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
@@ -53,7 +53,7 @@ def memorisation_audit(samples: Tensor, training: Tensor, held_out: Tensor) -> M
 
     The idea of Meehan et al. (AISTATS 2020): a generator that learned the distribution comes no nearer to its training
     data than new real data does. *Reconstructed* training and held-out pairs exclude the smoothing by the VQ
-    autoencoder from the comparison. Single images find copied images in new combinations.
+    autoencoder from the comparison. Single images (I = 1) reveal copies in new combinations.
 
     Label maps uint8 (S, I, *spatial), (T, I, *spatial), (H, I, *spatial), on one grid, one or more of each.
     """

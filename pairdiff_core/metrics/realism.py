@@ -105,7 +105,7 @@ def compare_displacements(real: Tensor, synthetic: Tensor) -> dict[str, dict[str
     ``{"difference": {"wasserstein": ...}}``, the Wasserstein-1 distance between the distributions of |u|, in voxels.
     """
     lengths = {"real": _lengths(real), "synthetic": _lengths(synthetic)}
-    # of all values of 48 volumes scipy would take minutes; 10,000 quantiles of each set agree to four digits
+    # on all values of 48 volumes scipy would take minutes; 10,000 quantiles of each set agree to four digits
     quantiles = [np.quantile(each, QUANTILES, method="inverted_cdf") for each in lengths.values()]
     difference = {"wasserstein": float(wasserstein_distance(*quantiles))}
     return {kind: _describe_lengths(each) for kind, each in lengths.items()} | {"difference": difference}
@@ -135,7 +135,7 @@ def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, neighbour
     """Are synthetic samples like real ones (precision, density), and as varied (recall, coverage)?
 
     Samples are float (N, F) and (M, F), in a Euclidean space such as that of :func:`pair_features`. The neighbourhood
-    of a sample is the closed ball that reaches to its k-th nearest other sample of the same set, k being
+    of a sample is the closed ball that reaches to its k-th nearest other sample of the same set, where k is
     ``neighbours``. All results depend on N, M and k: compare only those that share them. ValueError if a set has no
     more than k samples. Precision and recall: Kynkaanniemi et al., NeurIPS 2019. Density and coverage, which a single
     outlier disturbs less: Naeem et al., ICML 2020.

@@ -42,18 +42,18 @@ def mean_over_pairs(values: Tensor) -> float | None:
 def hausdorff95(a: Tensor, b: Tensor, num_labels: int, spacing: Sequence[float]) -> Tensor:
     """95th percentile of the distance between the surfaces of each structure, as MONAI computes it.
 
-    The surface voxels of ``a`` have distances to the surface of ``b``, and the other way round: the larger of the two
-    95th percentiles counts. A structure that touches the edge of the image has a surface there. Label maps as for
+    This is the larger of two 95th percentiles: of the distances from the surface voxels of ``a`` to the surface of
+    ``b``, and from ``b`` to ``a``. The edge of the image counts as a surface of a structure. Label maps as for
     :func:`dice`, of ``spacing`` mm per voxel along each axis, give float (N, C - 1) in mm, on the CPU. NaN where a
     structure is absent from either image.
     """
-    from monai.metrics import compute_hausdorff_distance  # here: its import takes seconds
+    from monai.metrics import compute_hausdorff_distance  # here, because importing it takes seconds
 
     distances = torch.full((len(a), num_labels - 1), torch.nan)
     for n, c in product(range(len(a)), range(1, num_labels)):
         masks = [(labels[n] == c).cpu()[None, None] for labels in (a, b)]
         if all(mask.any() for mask in masks):
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # MONAI warns of its own call
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of MONAI's own call
                 distances[n, c - 1] = compute_hausdorff_distance(
                     *masks, include_background=True, percentile=95, spacing=tuple(spacing)
                 ).item()
@@ -99,7 +99,7 @@ def log_jacobian_sd(displacement: Tensor) -> Tensor:
     """Standard deviation of the log-Jacobian over the image: how unevenly a map changes volume.
 
     Displacements float (N, D, *spatial) in voxels give float (N,), natural logarithm; 0 for a translation. Determinants
-    below 1e-9, such as those of folds, are set to 1e-9. Other tools clamp elsewhere: compare numbers of one tool only.
+    below 1e-9, such as those of folds, are set to 1e-9. Tools clamp differently: compare numbers of one tool only.
     """
     return fields.jacobian_determinant(displacement).clamp_min(1e-9).log().flatten(1).std(dim=1, correction=0)
 

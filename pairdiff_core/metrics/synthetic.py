@@ -1,4 +1,4 @@
-"""Synthetic pairs beside real ones, with held-out real pairs beside the same as the yardstick."""
+"""Comparison of synthetic with real pairs; held-out real pairs give reference values."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CELL = 16  # voxels along each axis of a cell of the feature space
 
 
 def compare_sets(train: PairSet, decoded: dict[str, PairSet], generator: torch.Generator) -> dict[str, Any]:
-    """Sizes, connected components, quality and novelty of synthetic pairs.
+    """Measure sizes, connected components, quality and novelty of synthetic pairs.
 
-    Quality is asked of single images: thousands of real pairs are made of a few images, so their nearest neighbours are
-    so close that no other pair, real or synthetic, is ever among them.
+    Quality is measured on single images: thousands of real pairs are combinations of a few images, so their nearest
+    neighbours are too close for any other pair, real or synthetic, to be among them.
 
     Args:
         train: the real training pairs.

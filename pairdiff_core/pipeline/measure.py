@@ -1,4 +1,4 @@
-"""Measuring a whole run: one JSON file with its provenance, from which all numbers of the text come."""
+"""Measure a whole run: one JSON file with its provenance, the source of all numbers in the text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from pairdiff_core import absorbing, metrics, vqae
 from pairdiff_core.data import data_files
-from pairdiff_core.pairs import PairSet
+from pairdiff_core.pairs import PairSet, pack_labels
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import StageResults, run_stages
@@ -29,16 +29,15 @@ from pairdiff_core.storage import (
     fingerprint,
     load_checkpoint,
     measured_once,
-    pack_labels,
     provenance,
     write_file,
     write_json,
 )
 from pairdiff_core.training import best_device
 
-SHOWN = {2: 4, 3: 1}  # pairs kept in the file as pictures, by dimensions
-COMPARED, COMPARED_VOXELS = 48, 2**27  # at most: pairs of each set whose displacements are compared, their voxels
-BITS_PAIRS = 64  # at most, whose bits per token are measured
+SHOWN = {2: 4, 3: 1}  # pairs stored in the file as pictures, by dimensions
+COMPARED, COMPARED_VOXELS = 48, 2**27  # limits for comparing displacements: pairs of each set, their voxels
+BITS_PAIRS = 64  # largest number of pairs whose bits per token are measured
 METRICS, FINISHED = "metrics.json", "finished"  # files of a run folder
 log = logging.getLogger(__name__)
 QUOTED = {  # rows of the registration table that the text quotes, by their names there
@@ -56,8 +55,8 @@ QUOTED = {  # rows of the registration table that the text quotes, by their name
 def methods(profile: Profile, networks: dict[str, Trained]) -> dict[str, tuple[partial | None, list[str]]]:
     """The methods that are compared, and the fingerprints of the networks that they depend on.
 
-    Before registration; the baseline without training, also with one more level at full size where its last is coarser;
-    and each network without and with instance optimisation.
+    They are: no registration; the baseline without training, also with one more level at full size if its last is
+    coarser; and each network without and with instance optimisation.
     """
     found: dict[str, tuple[partial | None, list[str]]] = {"before": (None, [])}
     found["baseline"] = (partial(register, profile=profile), [])
@@ -73,16 +72,16 @@ def methods(profile: Profile, networks: dict[str, Trained]) -> dict[str, tuple[p
 
 
 def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
-    """Run (or load) every stage and measure it on the validation pairs, which nothing was trained or chosen on.
+    """Run (or load) every stage and measure it on the validation pairs, on which nothing was trained or chosen.
 
-    Each part of the measurement is kept in the run's folder ``measured``, so that an interruption loses one part at
-    most; it is measured again when code, settings, data or the stages it depends on have changed.
+    Each part of the measurement is saved in the run's folder ``measured``, so that an interruption loses at most one
+    part; it is measured again when code, settings, data or the stages it depends on have changed.
 
     Args:
-        made: by the stages, if they were run already.
+        made: results of the stages, if they have been run already.
 
     Returns:
-        ``summary`` (the numbers that the text quotes), ``registration`` (a row a method), ``vqae``, ``denoiser``,
+        ``summary`` (the numbers that the text quotes), ``registration`` (one row per method), ``vqae``, ``denoiser``,
         ``synthetic``, ``histories``, ``pictures``, ``stages`` (seconds and machine of each), ``provenance``.
     """
     made = made or run_stages(run)
@@ -137,18 +136,18 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
 
 
 def keep_measured(run: Run, measured: dict[str, Any]) -> None:
-    """Write what :func:`measure` returns to ``metrics.json``, and that nothing is left to do."""
+    """Write what :func:`measure` returns to ``metrics.json``, and mark the run as finished."""
     write_json(run.path / METRICS, measured)
     write_file(run.path / FINISHED, _state(run).encode())
 
 
 def read_measured(run: Run) -> dict[str, Any] | None:
-    """What :func:`keep_measured` wrote, if it would be measured again: code, settings, data and results are the same.
+    """What :func:`keep_measured` wrote; None if there is nothing, or code, settings, data or results have changed.
 
-    Then the data are looked for but not read, and no pair is decoded.
+    The files of the data are listed but not read, and no pair is decoded.
 
     Raises:
-        DataError: if the data are not there.
+        DataError: if the data are missing.
     """
     finished = run.path / FINISHED
     if not finished.is_file() or finished.read_text() != _state(run):
@@ -157,7 +156,7 @@ def read_measured(run: Run) -> dict[str, Any] | None:
 
 
 def _state(run: Run) -> str:
-    """SHA-256 of all that the results of a run depend on, and of the results; of the data, names, sizes and times."""
+    """SHA-256 of the results of a run and all they depend on; data files count by name, size and time."""
     digest = hashlib.sha256(json.dumps([run.dataset, to_json(run.profile), run.seed, code_hash()]).encode())
     for path in data_files(run.dataset, run.data):
         status = path.stat()
@@ -175,7 +174,7 @@ def _made_by(path: Path) -> dict[str, Any]:
 
 
 def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers that the text quotes; the last are of the network with other people's motions, else of synthetic."""
+    """The numbers that the text quotes; the last are of the network "real, motion", else of "synthetic"."""
     rows = {row["method"]: row for row in measured["registration"]}
     real, synthetic = (rows[name]["dice"] - rows["before"]["dice"] for name in ("real", "synthetic"))
     summary = {
@@ -192,7 +191,7 @@ def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _decoded(autoencoder: Trained, pairs: PairSet) -> PairSet:
-    """The pairs as the autoencoder gives them back."""
+    """The pairs as reconstructed by the autoencoder."""
     return replace(
         pairs, labels=vqae.decode_labels(autoencoder.model, vqae.encode_pairs(autoencoder.model, pairs.labels))
     )
@@ -201,8 +200,8 @@ def _decoded(autoencoder: Trained, pairs: PairSet) -> PairSet:
 def describe_vqae(run: Run, autoencoder: Trained, pairs: PairSet) -> dict[str, Any]:
     """Reconstruction (``dice``, ``dice_per_structure``) and codebook health (``codes_used``, ``perplexity``) on pairs.
 
-    ``pair_dice_real`` and ``pair_dice_decoded`` are the overlap of fixed and moving before and after: an autoencoder
-    that encodes the average of both images makes them overlap more.
+    ``pair_dice_real`` and ``pair_dice_decoded`` are the overlap of fixed and moving before and after reconstruction. It
+    increases if the autoencoder encodes the average of both images.
     """
     tokens = vqae.encode_pairs(autoencoder.model, pairs.labels)
     decoded = vqae.decode_labels(autoencoder.model, tokens)
@@ -232,7 +231,7 @@ def describe_denoiser(run: Run, autoencoder: Trained, denoiser: Trained, pairs: 
 
 
 def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
-    """Synthetic pairs beside the real ones: :func:`metrics.compare_sets`, and ``displacements`` by the baseline."""
+    """Compare synthetic with real pairs: :func:`metrics.compare_sets`, and ``displacements`` by the baseline."""
     at_most = max(2, COMPARED_VOXELS // math.prod(run.train.spatial))
     number = min(COMPARED, at_most, len(run.train), len(synthetic))
     some = torch.randperm(len(run.train), generator=run.generator("compare"))[:number].tolist()

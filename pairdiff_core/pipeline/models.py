@@ -1,4 +1,4 @@
-"""The models of a run: new ones by its profile, and trained ones from a run folder or the pretrained models."""
+"""The models of a run: untrained ones for its profile, and trained ones from a run folder or the pretrained models."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def new_vqae(profile: Profile) -> PairedVQAE:
 
 
 def new_denoiser(profile: Profile) -> Denoiser:
-    """The untrained denoiser for the tokens of that autoencoder."""
-    with torch.device("meta"):  # only its sizes are asked
+    """The untrained denoiser of a profile, for the tokens of its autoencoder."""
+    with torch.device("meta"):  # only its sizes are needed
         grid = new_vqae(profile).token_grid(profile.spatial)
     return Denoiser(profile.denoiser, profile.vqae.codes, grid)
 
@@ -47,12 +47,12 @@ NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
 
 
 class Trained(NamedTuple):
-    """A trained model and how it came to be."""
+    """A trained model and how it was made."""
 
     model: nn.Module  # on the device that computes, in evaluation mode
     history: History
     seconds: float  # of training
-    loaded: bool  # found, not trained just now
+    loaded: bool  # loaded, not trained in this call
     fingerprint: str  # of the weights
 
 
@@ -72,9 +72,9 @@ def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None 
     """A trained model from its checkpoint; no data are needed.
 
     Args:
-        path: such as ``vqae.safetensors``; its name says which stage it is of.
-        profile: whose settings of that stage it must have been trained with.
-        inputs: what it must have been trained on; None: anything.
+        path: such as ``vqae.safetensors``; its name determines the stage.
+        profile: the model must have been trained with its settings of that stage.
+        inputs: what it must have been trained on; None for anything.
 
     Raises:
         CheckpointError: if the file is missing or damaged, or was made with other settings or inputs.
@@ -87,7 +87,7 @@ def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None 
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} is of images with other axes or labels ({error}). Choose another run."
+            f"{path} was trained on images with other axes or labels ({error}). Choose another run."
         ) from error
     return as_trained(model, description, loaded=True)
 
@@ -95,10 +95,10 @@ def load_trained(path: Path, profile: Profile, inputs: dict[str, object] | None 
 def load_model(folder: str | Path, name: str) -> Trained:
     """The model ``name``, such as "vqae" or "registration-real", of a run folder or pretrained model.
 
-    What a run has not trained but taken from a pretrained model (PAIRDIFF_MODELS) is taken from there again.
+    If the run took it from a pretrained model (PAIRDIFF_MODELS), it is loaded from there again.
 
     Raises:
-        CheckpointError: as :func:`load_trained`; if there is no such network, the message lists those there are.
+        CheckpointError: as :func:`load_trained`; if there is no such network, the message lists the available ones.
     """
     path, stage, run = Path(folder) / f"{name}.safetensors", stage_of(name), open_run(folder)
     pretrained = None if path.is_file() else chosen_model(run.dataset, run.profile, name)
@@ -107,23 +107,23 @@ def load_model(folder: str | Path, name: str) -> Trained:
     if not path.is_file():
         found = sorted(file.stem.removeprefix(f"{stage}-") for file in path.parent.glob(f"{stage}*.safetensors"))
         raise CheckpointError(
-            f"{folder} holds no {name}; of this stage it holds: {', '.join(found) or 'none'}. Choose by --network, or "
-            "train it."
+            f"{folder} holds no {name}; of this stage it holds: {', '.join(found) or 'none'}. Choose one with "
+            "--network, or train it."
         )
     return load_trained(path, run.profile)
 
 
 def default_network(folder: str | Path) -> str:
-    """The registration network of a run folder or pretrained model that is used where none is named.
+    """The registration network of a run folder or pretrained model that is used if none is named.
 
-    That is the one trained on real pairs with other people's motions, which does best, else that of synthetic pairs.
+    It is the one trained on real pairs with other people's motions, which is best, else the one of synthetic pairs.
     """
     name = "registration-real-motion"
     return name if (Path(folder) / f"{name}.safetensors").is_file() else "registration-synthetic"
 
 
 def find_autoencoder(run: Run, fingerprint: str) -> Trained:
-    """The autoencoder with these weights: of the run folder, else of the pretrained models that fit the run.
+    """The autoencoder with these weights, from the run folder, else from the pretrained models that fit the run.
 
     Raises:
         CheckpointError: if there is none.
@@ -135,8 +135,8 @@ def find_autoencoder(run: Run, fingerprint: str) -> Trained:
         if found.fingerprint == fingerprint:
             return found
     raise CheckpointError(
-        f"{run.path / 'synthesis.safetensors'} was made with another autoencoder than {own}, or than the pretrained "
-        "one. Set PAIRDIFF_MODELS as it was then, copy both files from one run, or make it again."
+        f"{run.path / 'synthesis.safetensors'} was made with a different autoencoder from {own} or the pretrained one. "
+        "Set PAIRDIFF_MODELS as it was then, copy both files from one run, or make it again."
     )
 
 
@@ -157,21 +157,21 @@ def find_model(run: str | Path) -> Path:
     models = {folder.name: folder for folder in reversed(pretrained_models())}
     if str(run) not in models:
         raise CheckpointError(
-            f"{run} is no folder and no pretrained model. Give a run folder or one of: {', '.join(sorted(models))}."
+            f"{run} is neither a folder nor a pretrained model. Give a folder or one of: {', '.join(sorted(models))}."
         )
     return models[str(run)]
 
 
 def chosen_model(dataset: str, profile: Profile, name: str) -> Path | None:
-    """The checkpoint in the models that PAIRDIFF_MODELS names which takes the place of a training, if there is one.
+    """The checkpoint among the pretrained models of PAIRDIFF_MODELS that replaces a training, if there is one.
 
     Raises:
-        CheckpointError: if PAIRDIFF_MODELS names no folder.
+        CheckpointError: if PAIRDIFF_MODELS is not a folder.
     """
     folder = os.environ.get("PAIRDIFF_MODELS")
     if folder and not Path(folder).is_dir():
         raise CheckpointError(
-            f"PAIRDIFF_MODELS is {folder!r}, which is no folder. Name the project's folder models, or unset it."
+            f"PAIRDIFF_MODELS is {folder!r}, which is not a folder. Set it to the project's folder models, or unset it."
         )
     path = Path(folder or os.devnull) / f"{dataset}-{profile.name}" / f"{name}.safetensors"
     return path if path.exists() else None

@@ -1,4 +1,4 @@
-"""A run: one data set, one profile, one seed, and the folder that keeps what they have produced."""
+"""A run: one data set, one profile, one seed, and the folder with their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run:
         seed: of everything random in the run.
         folder: where results are kept; None takes ``<dataset>-<profile>-seed<seed>`` in the folder that
             ``PAIRDIFF_RUNS`` names, else in ``runs``.
-        data: folder of the real data; None looks where the environment variables say.
+        data: folder of the real data; None takes the one that the environment variables name.
         saving: when unfinished work is saved, and when it pauses.
 
     Raises:
@@ -61,7 +61,7 @@ class Run:
 
     @cached_property
     def validation(self) -> PairSet:
-        """Pairs of subjects that no training pair shows."""
+        """Pairs of the held-out subjects."""
         return data_sets.load_pairs(self.dataset, "validation", self.profile, data=self.data, seed=self.seed)
 
     def seed_of(self, stage: str) -> int:
@@ -74,7 +74,7 @@ class Run:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Keep the run's folder for this process, or for the first of several, while something is made in it."""
+        """Lock the run's folder for this process, or for the first of several, while results are written."""
         if distributed.count() > 1 and not distributed.joined():
             new_fabric()
         if distributed.rank():
@@ -86,7 +86,7 @@ class Run:
             yield
 
     def pause_if_asked(self, doing: str) -> None:
-        """Raise :class:`Paused` if any process has a reason to; all processes must call it."""
+        """Raise :class:`Paused` if any process has a reason to pause; all processes must call it."""
         reason = self.saving.should_pause()
         if distributed.any_of(reason is not None):
             raise Paused(f"{doing}: {reason or 'another process was asked to stop'}, paused")
@@ -96,7 +96,7 @@ def open_run(folder: str | Path, data: str | Path | None = None) -> Run:
     """The run that a folder belongs to, by its ``config.json``: a run folder, or a pretrained model.
 
     Raises:
-        CheckpointError: if the folder is none of these, or was made by another version.
+        CheckpointError: if the folder is neither, or was made by another version.
     """
     config = read_config(folder)
     try:

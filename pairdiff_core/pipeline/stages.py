@@ -1,7 +1,7 @@
 """The five stages of the method: autoencoder, tokens, denoiser, synthetic pairs, registration.
 
-Each one loads its result from the run folder, or makes it and keeps it there. A result that was made with other
-settings, data or earlier stages is refused, never mixed in.
+Each one loads its result from the run folder, or makes it and saves it there. A result that was made with other
+settings, data or earlier stages is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pairdiff_core.storage import (
 )
 from pairdiff_core.training import Samples, best_device, distributed, fit, generator, new_fabric, precision
 
-PAIRS_IN_A_SHARD = 8  # of synthetic tokens: the unit of work that is kept or done again
+PAIRS_IN_A_SHARD = 8  # synthetic pairs that are sampled and saved together
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class Training:
     """A stage that trains a model.
 
     Attributes:
-        name: of its checkpoint, such as "registration-real"; what stands before the hyphen is the stage.
+        name: of its checkpoint, such as "registration-real"; the part before the hyphen is the stage.
         inputs: fingerprints of what it is trained on.
         loss: from (model, batch) to named scalars.
         batches: from the number of a step to its batch.
@@ -76,7 +76,7 @@ def train_vqae(run: Run) -> Trained:
 
 
 def encode_training_pairs(run: Run, autoencoder: Trained) -> torch.Tensor:
-    """Stage 2: tokens int16 (copies * N, *grid) of the N training pairs; the first N as they are, then fresh warps."""
+    """Stage 2: tokens int16 (copies * N, *grid) of the N training pairs; the first N unchanged, then newly warped."""
     pairs, copies, seed = run.train, run.profile.denoiser.copies, run.seed_of("tokens")
 
     at_once = vqae.pairs_at_once(pairs.spatial)
@@ -112,7 +112,7 @@ def train_denoiser(run: Run, tokens: torch.Tensor) -> Trained:
 
 
 def synthesise(run: Run, autoencoder: Trained, denoiser: Trained) -> torch.Tensor:
-    """Stage 4: tokens int16 (N, *grid) of synthetic pairs. The tokens *are* the set; :func:`decode_pairs` decodes."""
+    """Stage 4: tokens int16 (N, *grid) of synthetic pairs; :func:`decode_pairs` makes the images from them."""
     inputs = {"autoencoder": autoencoder.fingerprint, "denoiser": denoiser.fingerprint}
     return load_or_make(run, "synthesis", inputs, partial(sample_pairs, run, denoiser), number_of_shards(run))
 
@@ -152,13 +152,13 @@ def decode_pairs(run: Run, autoencoder: Trained, tokens: torch.Tensor) -> PairSe
 def train_registration(
     run: Run, pairs: PairSet, name: str, *, warped: bool = False, motions: Motions | None = None
 ) -> Trained:
-    """Stage 5: the registration network, on any pairs.
+    """Stage 5: the registration network, trained on any pairs.
 
     Args:
         pairs: real or synthetic ones.
         name: of the result in the run folder, such as "real" or "synthetic".
-        warped: whether each batch is freshly warped, as the profile says.
-        motions: of other people; each warped pair also goes along a part of one of them. None for none.
+        warped: whether each batch is newly warped, with the profile's augmentation.
+        motions: of other people; each warped pair is also moved along a part of one of them. None for none.
     """
     if pretrained := load_pretrained(run, f"registration-{name}"):
         return pretrained
@@ -175,13 +175,13 @@ def train_registration(
 
 
 class StageResults(NamedTuple):
-    """What the stages of a run have made; None or empty for what was not asked for or not needed."""
+    """Results of the stages of a run; None or empty if not requested or not needed."""
 
     autoencoder: Trained
     tokens: torch.Tensor | None  # not needed, and not made, before a pretrained denoiser
     denoiser: Trained | None
     synthetic: PairSet | None
-    networks: dict[str, Trained]  # trained on "real" and "synthetic" pairs, on each warped, and on real ones in motion
+    networks: dict[str, Trained]  # by training pairs: "real" or "synthetic", each also warped, and real with motions
 
 
 def run_stages(run: Run, last: str = "registration") -> StageResults:
@@ -214,9 +214,9 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
 
 
 def load_pretrained(run: Run, name: str) -> Trained | None:
-    """The pretrained model (PAIRDIFF_MODELS) that takes the place of a training, unless the run folder holds its own.
+    """The pretrained model (PAIRDIFF_MODELS) that replaces a training, unless the run folder holds its own.
 
-    It may come from other data than the run's, so a printed line says that it was taken. No data are needed.
+    It may come from other data than the run's, so a line is printed. No data are needed.
     """
     path = chosen_model(run.dataset, run.profile, name)
     if path is None or (run.path / f"{name}.safetensors").exists():
@@ -230,12 +230,12 @@ def load_or_train(run: Run, training: Training) -> Trained:
 
     Raises:
         CheckpointError: if a checkpoint is damaged, was made with other settings or inputs, or cannot be written, or
-            another process works in the folder. What is there stays as it is.
-        Paused: if the run was asked to pause; the next call goes on from there.
+            another process works in the folder. Existing files are not changed.
+        Paused: if the run was asked to pause; the next call continues it.
     """
     name, stage, path = training.name, stage_of(training.name), run.path / f"{training.name}.safetensors"
     if path.exists():
-        (run.path / f"{name}.progress").unlink(missing_ok=True)  # of a process killed before it could do so
+        (run.path / f"{name}.progress").unlink(missing_ok=True)  # left by a process that was killed
         _say(f"{name}: found in {run.path.name}, not trained again")
         return load_trained(path, run.profile, training.inputs)
     settings = getattr(run.profile, stage)
@@ -262,14 +262,14 @@ def load_or_train(run: Run, training: Training) -> Trained:
 def load_or_make(
     run: Run, name: str, inputs: dict[str, Any], make: Callable[[int], torch.Tensor], shards: int
 ) -> torch.Tensor:
-    """The tensor that the checkpoint ``name`` in the run folder holds; made and saved there if there is none.
+    """The tensor of the checkpoint ``name`` in the run folder; it is made and saved there if there is none.
 
-    It is made in shards, which several processes share and an interruption does not lose.
+    It is made in shards, which several processes share and which are kept after an interruption.
 
     Args:
-        inputs: everything that the tensor depends on beside the settings of the stage.
-        make: from the number of a shard, 0 to ``shards - 1``, to that shard, which depends on nothing else; one
-            behind the other they are the tensor.
+        inputs: everything that the tensor depends on besides the settings of the stage.
+        make: from the number of a shard, 0 to ``shards - 1``, to that shard, which depends on nothing else; the tensor
+            is the concatenation of all shards.
 
     Raises:
         CheckpointError, Paused: as :func:`load_or_train`.
@@ -291,7 +291,7 @@ def load_or_make(
 def _make_shards(
     run: Run, name: str, config: dict[str, Any], make: Callable[[int], torch.Tensor], files: list[Path]
 ) -> None:
-    """Make this process's share of the shards, each a file; when all are there, the first process joins them."""
+    """Make this process's share of the shards, one file each; when all exist, the first process concatenates them."""
     for shard in range(0, len(files), distributed.count()):
         run.pause_if_asked(name)
         mine = shard + distributed.rank()
@@ -315,7 +315,7 @@ def _make_shards(
 
 
 def _description(run: Run, name: str, config: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
+    """The description that a checkpoint stores."""
     made_by = provenance(run.profile.name, run.seed, best_device())
     bfloat16 = stage_of(name) in run.profile.mixed_precision
     made_by |= {"processes": distributed.count(), "precision": precision(bfloat16)}

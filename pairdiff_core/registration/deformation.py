@@ -1,13 +1,13 @@
-"""Deformations: velocities, the displacement and its inverse that they integrate to, and what can be asked of them.
+"""Deformations: stationary velocities, and the displacement and its inverse that they integrate to.
 
 A deformation is described by one or more stationary velocity fields (v1, v2, ...). In theory, negating them all inverts
 the deformation exactly; a network whose velocities change sign when its two images are swapped therefore gives
-register(B, A) = inverse of register(A, B). That much holds of the stored fields, too: swapping swaps them.
+register(B, A) = inverse of register(A, B). The stored fields have this property, too: swapping the images swaps them.
 
-In numbers, a displacement and its inverse are read between voxels along straight lines, so they undo each other only
-nearly. :func:`integrate` left smooth velocities within 0.2 voxels on average where measured, and is off by voxels on
-rough ones; :func:`integrate_on` bounds the roughness first. Background: Arsigny et al., MICCAI 2006 (scaling and
-squaring); Greer et al., "Inverse Consistency by Construction for Multistep Deep Registration", MICCAI 2023.
+Both fields are interpolated linearly between voxels, so they undo each other only approximately. In measurements, the
+mean round-trip error of :func:`integrate` was at most 0.2 voxels for smooth velocities, but several voxels for rough
+ones; :func:`integrate_on` limits the roughness first. Background: Arsigny et al., MICCAI 2006 (scaling and squaring);
+Greer et al., "Inverse Consistency by Construction for Multistep Deep Registration", MICCAI 2023.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pairdiff_core import fields
 Velocities = tuple[torch.Tensor, ...]
 
 ROUGH = 9.0  # voxels of the image by which velocities may differ from one node of their grid to the next
-FINER = 2  # times finer than their own grid that rough velocities are integrated on
-CLOSE = 0.06  # voxels of the image from where a round trip of rough velocities started, on average, at most
-SMOOTHINGS = 50  # of rough places, at most
+FINER = 2  # rough velocities are integrated on a grid at most this many times finer than their own
+CLOSE = 0.06  # voxels of the image: the largest mean round-trip error of rough velocities
+SMOOTHINGS = 50  # at most, of rough places
 
 
-@dataclass(eq=False)  # not frozen: Fabric takes what a network returns to pieces
+@dataclass(eq=False)  # not frozen: Fabric takes apart what a network returns
 class Deformation:
     """A displacement and its inverse, float (N, D, *spatial), in voxels.
 
@@ -43,7 +43,7 @@ class Deformation:
 
     @classmethod
     def from_both(cls, both: torch.Tensor) -> Deformation:
-        """From :attr:`both`."""
+        """Make a deformation from its fields as in :attr:`both`."""
         return cls(*both.chunk(2))
 
     @property
@@ -71,38 +71,37 @@ class Deformation:
         return Deformation.from_both(fields.resize_field(self.both, spatial))
 
     def cropped(self, spatial: Sequence[int]) -> Deformation:
-        """The first voxels along each axis, of a deformation on a padded grid."""
+        """Keep the first voxels along each axis of a deformation on a padded grid."""
         return Deformation.from_both(self.both[(..., *(slice(size) for size in spatial))])
 
     def cpu(self) -> Deformation:
         return Deformation(self.displacement.cpu(), self.inverse.cpu())
 
     def warp(self, moving: torch.Tensor) -> torch.Tensor:
-        """Maps of the moving image (N, M, *spatial), warped to look like the fixed one."""
+        """Warp maps of the moving image (N, M, *spatial) to look like the fixed one."""
         return fields.warp(moving, self.displacement)
 
     def warp_labels(self, moving: torch.Tensor) -> torch.Tensor:
-        """Label maps of the moving image (N, *spatial), by nearest neighbour."""
+        """Warp label maps of the moving image (N, *spatial) by nearest neighbour."""
         return fields.warp_labels(moving, self.displacement)
 
     def jacobian_determinant(self) -> torch.Tensor:
-        """At every voxel, (N, *spatial); see :func:`pairdiff_core.fields.jacobian_determinant`."""
+        """The determinant at every voxel, (N, *spatial); see :func:`pairdiff_core.fields.jacobian_determinant`."""
         return fields.jacobian_determinant(self.displacement)
 
 
 def concatenated(deformations: Sequence[Deformation]) -> Deformation:
-    """The deformations of several sets of pairs as those of one."""
+    """Join the deformations of several sets of pairs."""
     return Deformation(
         torch.cat([each.displacement for each in deformations]), torch.cat([each.inverse for each in deformations])
     )
 
 
 def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
-    """Velocities as a deformation that is inverted by negating them, on the grid of the last one.
+    """Integrate velocities to a deformation on the grid of the last one; negating them inverts it.
 
-    One velocity: exp(v1). Two: exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al. 2023,
-    eq. 11; its inverse is the same with both signs changed, which exp(v1) o exp(v2) would not be. With more, the
-    next takes the place of exp(v2) in the same way.
+    One velocity gives exp(v1). Two give exp(v1 / 2) o exp(v2) o exp(v1 / 2), the symmetric composition of Greer et al.
+    2023, eq. 11: changing both signs inverts it, unlike exp(v1) o exp(v2). More velocities are nested in the same way.
     """
     *outer, inner = velocities
     return enclosed(enclosing(outer, inner.shape[2:], squarings), inner, squarings)
@@ -111,9 +110,9 @@ def integrate(velocities: Velocities, squarings: int = 6) -> Deformation:
 def enclosing(
     outer: Sequence[torch.Tensor], spatial: Sequence[int], squarings: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What encloses the innermost velocity: exp(v1 / 2), exp(v2 / 2), ... in this order, and in the reverse one.
+    """The outer parts of the composition: exp(v1 / 2), exp(v2 / 2), ... composed in this order, and in reverse order.
 
-    Displacements (2N, D, *spatial), forth and back in one batch; None if there is nothing outside.
+    Displacements (2N, D, *spatial), both directions in one batch; None if there are no outer velocities.
     """
     before = after = None
     for velocity in outer:
@@ -135,16 +134,16 @@ def enclosed(halves: tuple[torch.Tensor, torch.Tensor] | None, inner: torch.Tens
 def integrate_on(
     velocities: Velocities, spatial: Sequence[int], squarings: int = 6, measured_on: Sequence[int] | None = None
 ) -> Deformation:
-    """Velocities as a deformation of images of this size, whose round trip is short however rough they are.
+    """Integrate velocities to a deformation of images of this size with a small round-trip error, even if rough.
 
-    Pairs whose :func:`roughness` is at most ``ROUGH`` get what :func:`integrate` gives, resized. Others are smoothed
-    where they are rougher, integrated on a finer grid, and smoothed further until a round trip ends within ``CLOSE``
-    of its start on average, over the voxels that stay in view, and nothing folds; both are measured on that grid. More
-    squarings hardly help: what is lost is lost between the nodes of the grid, not by long steps.
+    If the :func:`roughness` of a pair is at most ``ROUGH``, this is :func:`integrate`, resized. Other velocities are
+    smoothed where they are rougher, integrated on a finer grid, and smoothed further until nothing folds and the mean
+    round-trip error over the voxels that stay in view is at most ``CLOSE``, both measured on the finer grid. More
+    squarings hardly help: the error comes from interpolation between grid nodes, not from long steps.
 
     Args:
-        measured_on: size of the grid in whose voxels roughness and round trips are measured; None: of the images. The
-            velocities found on this grid are the same deformation of finer images.
+        measured_on: size of the grid in whose voxels roughness and round trips are measured, so that a finer image of
+            the same pair gets the same deformation; None: that of the images.
 
     Returns:
         Deformation on the grid of the images, in its voxels.
@@ -156,7 +155,7 @@ def integrate_on(
     if not rough.any():
         return integrate(velocities, squarings).resized(spatial)
     found = []
-    for index in range(len(rough)):  # a pair does not depend on those beside it
+    for index in range(len(rough)):  # one at a time: a pair must not depend on the others
         pair = tuple(each[index : index + 1] for each in velocities)
         deformation = _bounded(pair, measured_on, squarings) if rough[index] else integrate(pair, squarings)
         found.append(deformation.resized(spatial))
@@ -164,7 +163,7 @@ def integrate_on(
 
 
 def _bounded(velocities: Velocities, spatial: Sequence[int], squarings: int) -> Deformation:
-    """:func:`integrate_on` for one pair that is rough, on a grid at least as fine as its own."""
+    """:func:`integrate_on` for one rough pair, on a grid at least as fine as its own."""
     finer = [min(FINER * old, max(old, new)) for old, new in zip(velocities[-1].shape[2:], spatial, strict=True)]
     limit = ROUGH
     while True:
@@ -176,7 +175,7 @@ def _bounded(velocities: Velocities, spatial: Sequence[int], squarings: int) -> 
 
 
 def _undoes_itself(found: Deformation, spatial: Sequence[int]) -> bool:
-    """Whether a deformation folds nowhere, and its round trips, in voxels of images of this size, end ``CLOSE`` by."""
+    """Whether nothing folds and the mean round-trip error, in voxels of images of this size, is at most ``CLOSE``."""
     if min(float(each.jacobian_determinant().min()) for each in (found, found.inverted())) <= 0:
         return False
     trip = found.both
@@ -188,16 +187,16 @@ def _undoes_itself(found: Deformation, spatial: Sequence[int]) -> bool:
 
 
 def _ratio(field: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
-    """Voxels of images of this size to one of a field (N, D, *grid), (D, 1, ..., 1)."""
+    """Voxels of images of this size per voxel of a field (N, D, *grid), as (D, 1, ..., 1)."""
     sides = [new / old for new, old in zip(spatial, field.shape[2:], strict=True)]
     return field.new_tensor(sides).reshape(-1, *[1] * len(sides))
 
 
 def roughness(velocities: Velocities, spatial: Sequence[int]) -> torch.Tensor:
-    """How much velocities on one grid differ from one node to the next, in voxels of images of this size.
+    """How much velocities on one grid differ between neighbouring nodes, in voxels of images of this size.
 
-    The Frobenius norm of the forward differences, summed over the velocities, (N, 1, *grid). Divided by the voxels from
-    node to node, its maximum bounds the logarithm of how much the flow stretches or shrinks anything.
+    The Frobenius norm of the forward differences, summed over the velocities, (N, 1, *grid). Its maximum, divided by
+    the node spacing in voxels, bounds the logarithm of the factor by which the flow stretches or shrinks anything.
     """
     total = torch.zeros_like(velocities[0][:, :1])
     for velocity in velocities:
@@ -210,10 +209,10 @@ def roughness(velocities: Velocities, spatial: Sequence[int]) -> torch.Tensor:
 
 
 def smoothed_where_rough(velocities: Velocities, spatial: Sequence[int], limit: float = ROUGH) -> Velocities:
-    """Velocities on one grid, smoothed around each node of a :func:`roughness` above the limit until there is none.
+    """Smooth velocities on one grid around each node with a :func:`roughness` above the limit until there is none.
 
-    Where they are not rough they stay as they are. Negated velocities give negated ones, so swapping the images still
-    inverts the deformation. What smoothing does not reach is scaled down.
+    They do not change elsewhere. Negated velocities give negated results, so swapping the images still inverts the
+    deformation. If smoothing is not enough, a pair's velocities are scaled down.
     """
     grow = {2: F.max_pool2d, 3: F.max_pool3d}[len(spatial)]
     for _ in range(SMOOTHINGS):

@@ -1,4 +1,4 @@
-"""What a registration minimises. Images are *maps*: float (N, M, *spatial), one channel a structure, 0 to 1."""
+"""Registration losses. Images are *maps*: float (N, M, *spatial), 0 to 1, one channel per structure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RegistrationLoss(NamedTuple):
     """Terms of the loss, scalars."""
 
     total: torch.Tensor
-    dissimilarity: torch.Tensor  # mean over voxels of the absolute difference of the maps, summed, both directions
+    dissimilarity: torch.Tensor  # absolute difference, mean over voxels and both directions, sum over maps and scales
     roughness: torch.Tensor  # mean squared gradient of the displacement, voxels per voxel
 
 
@@ -29,20 +29,20 @@ def registration_loss(
     voxels: torch.Tensor | None = None,
     scales: int = 1,
 ) -> RegistrationLoss:
-    """L1 between the maps (N, M, *spatial) after warping, both ways, plus ``smoothness`` x squared gradient.
+    """L1 between the maps (N, M, *spatial) after warping in both directions, plus ``smoothness`` x squared gradient.
 
-    The deformation may live on a coarser grid; its gradient is taken there, in voxels of that grid per voxel.
+    The deformation may be on a coarser grid; its gradient is taken there, in voxels of that grid per voxel.
 
     Args:
-        voxels: int64 (K, D), to compare these only, as if the maps were alike everywhere else; None compares all.
-        scales: compare the maps also averaged over 2, 4, ... voxels a side, at this many scales in all, and add up.
-            Thin structures that are far from each other overlap nowhere; only a coarse view shows which way to go.
+        voxels: int64 (K, D), to compare these only, as if the maps were equal everywhere else; None compares all.
+        scales: number of scales at which maps are compared, averaged over 1, 2, 4, ... voxels a side; losses are added.
+            Thin structures that are far apart do not overlap; only a coarse scale shows in which direction to move.
 
     Raises:
-        ValueError: for several scales of single voxels.
+        ValueError: if there are ``voxels`` and several scales.
     """
     if voxels is not None and scales > 1:
-        raise ValueError("images cannot be averaged where only some of their voxels are compared")
+        raise ValueError("several scales need all voxels: use voxels=None or scales=1")
     images, targets = torch.cat([moving, fixed]), torch.cat([fixed, moving])  # both ways at once
     if voxels is None:
         differences = warp(images, deformation.resized(fixed.shape[2:]).both) - targets
@@ -65,19 +65,18 @@ def squared_gradient(field: torch.Tensor) -> torch.Tensor:
 
 
 def bending_energy(field: torch.Tensor) -> torch.Tensor:
-    """Mean squared second difference of a field (N, D, *spatial), summed over pairs of axes; affine maps have none.
+    """Mean squared second difference of a field (N, D, *spatial), summed over pairs of axes; 0 for affine maps.
 
-    Rueckert et al., IEEE TMI 1999, eq. 6. MONAI's ``BendingEnergyLoss`` indexes tensors in a way that torch has
-    deprecated, and warns at each call.
+    Rueckert et al., IEEE TMI 1999, eq. 6. MONAI's ``BendingEnergyLoss`` has deprecated indexing and warns at each call.
     """
     axes = range(2, field.dim())
     return sum(field.diff(dim=a).diff(dim=b).square().mean() for a in axes for b in axes)
 
 
 def label_maps(labels: torch.Tensor, num_labels: int, scale: int = 1) -> torch.Tensor:
-    """Label maps uint8 (N, *spatial) as float (N, C - 1, *spatial / scale), without the background.
+    """Convert label maps uint8 (N, *spatial) to float (N, C - 1, *spatial / scale), without the background.
 
-    Pooled label by label: all of them at full size may not fit into memory.
+    Labels are pooled one by one: all of them at full size may not fit into memory.
     """
     if scale == 1:
         return one_hot(labels, num_labels)[:, 1:]
@@ -85,10 +84,10 @@ def label_maps(labels: torch.Tensor, num_labels: int, scale: int = 1) -> torch.T
 
 
 def pool(maps: torch.Tensor, scale: int) -> torch.Tensor:
-    """Maps (N, M, *spatial) averaged over cubes of ``scale`` voxels: the share of each structure in each cube."""
+    """Average maps (N, M, *spatial) over cubes of ``scale`` voxels a side: the share of each structure in each cube."""
     return averaged(maps, [max(1, size // scale) for size in maps.shape[2:]])
 
 
 def averaged(maps: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
-    """Maps (N, M, *old) averaged over equal boxes to a coarser grid."""
+    """Average maps (N, M, *old) over equal boxes to a coarser grid."""
     return maps if tuple(spatial) == maps.shape[2:] else F.interpolate(maps, size=list(spatial), mode="area")

@@ -1,8 +1,8 @@
-"""The registration network: small networks, one after the other, inverse consistent by construction.
+"""The registration network: a sequence of small networks, inverse consistent by construction.
 
-By construction, swapping the images swaps displacement and inverse. That these undo each other holds in theory; in
-numbers only as nearly as :mod:`pairdiff_core.registration.deformation` says. Training and the steps between the U-Nets
-integrate cheaply, without bounding the roughness; :func:`pairdiff_core.registration.register` bounds it.
+By construction, swapping the images swaps displacement and inverse. :mod:`pairdiff_core.registration.deformation` says
+how closely these undo each other. Training and the intermediate steps of the network integrate without limiting the
+roughness, which is cheap; :func:`pairdiff_core.registration.register` limits it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pairdiff_core.registration.losses import averaged, label_maps, pool, regist
 
 
 class VelocityStep(nn.Module, ABC):
-    """A network whose velocity changes its sign when the images are swapped.
+    """A network whose velocity changes sign when the images are swapped.
 
-    It sees (A, B) and (B, A) in one batch; the difference of its two answers, smoothed, is the velocity.
+    It sees (A, B) and (B, A) in one batch; the difference of its two outputs, smoothed, is the velocity.
 
     Args:
         scale: it sees images averaged over this many voxels a side.
-        control: its velocity lives on a grid this many times coarser than the images, a multiple of that. A smooth flow
-            needs no finer one, and in 3D integrating it is most of the work.
+        control: its velocity is on a grid this many times coarser than the images, a multiple of ``scale``. A smooth
+            flow needs no finer grid, and in 3D integrating it is most of the work.
 
     Raises:
-        ValueError: if ``control`` is no multiple of ``scale``.
+        ValueError: if ``control`` is not a multiple of ``scale``.
     """
 
     def __init__(self, scale: int, control: int) -> None:
@@ -42,10 +42,10 @@ class VelocityStep(nn.Module, ABC):
 
     @abstractmethod
     def answers(self, images: torch.Tensor) -> torch.Tensor:
-        """Answers (2N, D, *control grid) for (A, B) and for (B, A), from A and B behind one another, (2N, M, *grid)."""
+        """Outputs (2N, D, *control grid) for (A, B), then (B, A), from all A, then all B, (2N, M, *grid)."""
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor, seen_at: int) -> torch.Tensor:
-        """Velocity (N, D, *control grid), in its voxels, of maps (N, M, *grid) that were pooled by ``seen_at``."""
+        """Velocity (N, D, *control grid), in voxels of that grid, for maps (N, M, *grid) pooled by ``seen_at``."""
         cells = [max(1, side * seen_at // self.control) for side in fixed.shape[2:]]
         images = averaged(torch.cat([fixed, moving]), [each * self.control // self.scale for each in cells])
         forth, back = self.answers(images).chunk(2)
@@ -66,7 +66,7 @@ class CorrelationStep(VelocityStep):
 
     def __init__(self, settings: CorrelationSettings, spatial_dims: int, maps: int) -> None:
         super().__init__(settings.scale, settings.control)
-        from monai.networks.blocks import Convolution, ResidualUnit  # here: the import takes seconds
+        from monai.networks.blocks import Convolution, ResidualUnit  # here, because importing it takes seconds
 
         patch, features, width = settings.control // settings.scale, settings.features, settings.width
         self.reach, norm = settings.reach, ("INSTANCE", {"affine": True})
@@ -104,11 +104,11 @@ class CorrelationStep(VelocityStep):
 class UNetStep(VelocityStep):
     """A U-Net that sees both images at once.
 
-    Where its control grid is coarser than its images, it sees patches of them, as many voxels as there are to a cell:
-    the arrangement of thin structures is kept, and all convolutions work on the coarse grid.
+    If its control grid is coarser than its images, it sees them as patches, one for each cell of that grid. This keeps
+    the arrangement of thin structures, and all convolutions work on the coarse grid.
 
     Args:
-        settings: channels, and how many times coarser the images are that it sees.
+        settings: channels, and the scale of its images.
         control: of its velocity, see :class:`VelocityStep`.
         spatial_dims: D, 2 or 3.
         maps: M, channels of one image.
@@ -116,7 +116,7 @@ class UNetStep(VelocityStep):
 
     def __init__(self, settings: UNetSettings, control: int, spatial_dims: int, maps: int) -> None:
         super().__init__(settings.scale, control)
-        from monai.networks.nets import BasicUNet  # here: its import takes seconds
+        from monai.networks.nets import BasicUNet  # here, because importing it takes seconds
 
         patch, channels = control // settings.scale, 2 * maps
         self.patches = nn.Identity()
@@ -132,16 +132,16 @@ class UNetStep(VelocityStep):
 
 
 def _start_from_identity(last: nn.Module) -> None:
-    """Zeros in the last layer of a step: untrained, nothing moves."""
+    """Set the last layer of a step to zero, so that an untrained step moves nothing."""
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
 
 
 class RegistrationNetwork(nn.Module):
-    """Velocity steps, one after the other, whose velocities all change their sign when the images are swapped.
+    """A sequence of steps whose velocities all change sign when the images are swapped.
 
-    Each step but the first sees both images moved halfway by the one before, so that swapping the images swaps its
-    inputs, too. The first may compare features over a distance, on a coarser grid: it finds what moves far.
+    Each step after the first sees both images warped halfway by the step before, so that swapping the images also swaps
+    its inputs. The first may be a :class:`CorrelationStep` on a coarser grid, which finds large displacements.
 
     Args:
         settings: the steps, their grids, the squarings, and how often the last step is repeated.
@@ -162,8 +162,8 @@ class RegistrationNetwork(nn.Module):
         """Velocities for maps (N, M, *spatial), each on its control grid and in its voxels; the outermost first.
 
         Args:
-            repeats: how often the last step is taken, each time from where the one before led. Images that are farther
-                from each other than in training then need not be registered in one go.
+            repeats: how often the last step runs, each time on images warped by the step before. Displacements larger
+                than in training then need not be found in one step.
 
         Raises:
             ValueError: if the images are too small for the U-Nets.
@@ -180,13 +180,13 @@ class RegistrationNetwork(nn.Module):
         return tuple(found)
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> Deformation:
-        """Register maps (N, M, *spatial); the deformation lives on the finest grid of the U-Nets, in its voxels."""
+        """Register maps (N, M, *spatial); the deformation is on the finest grid of the U-Nets, in its voxels."""
         finest = [size // self.scale for size in fixed.shape[2:]]
         return integrate(self.velocities(fixed, moving), self.squarings).resized(finest)
 
 
 def smallest_side(settings: RegistrationSettings) -> int:
-    """Voxels a side that images need: the U-Nets halve the control grid four times."""
+    """The fewest voxels a side that images may have: the U-Nets halve the control grid four times."""
     return 16 * settings.control
 
 
@@ -196,7 +196,7 @@ def training_loss(
     """What a training step minimises and logs, scalars.
 
     Args:
-        model: a :class:`RegistrationNetwork`, or what wraps it.
+        model: a :class:`RegistrationNetwork`, or a wrapper of one.
         labels: pairs of label maps uint8 (N, 2, *spatial).
         num_labels: C, background included.
     """

@@ -1,4 +1,4 @@
-"""Optimisation for the very images at hand: without training, or from where a network led."""
+"""Optimisation of velocities for given images, from zero or from a network's result."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pairdiff_core.profiles import Level, RegistrationSettings
 from pairdiff_core.registration.deformation import Deformation, Velocities, enclosed, enclosing, integrate
 from pairdiff_core.registration.losses import bending_energy, pool, registration_loss
 
-LARGE = 2**16  # voxels of an image from which on it pays to compare only those near a structure
-FAINT = 0.05  # less of a structure than this counts as none then
-Watch = Callable[[range], Iterable[int]]  # goes through the steps of a level, and may show them, as tqdm does
-MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which to look again
+LARGE = 2**16  # images of at least this many voxels are compared near structures only, which is faster
+FAINT = 0.05  # a smaller share of a structure than this is then ignored
+Watch = Callable[[range], Iterable[int]]  # iterates over the steps of a level, and may show progress, as tqdm does
+MARGIN, LOOK_AGAIN = 1, 10  # voxels around structures that count as near; steps after which these are found again
 
 
 def optimise(
@@ -31,17 +31,17 @@ def optimise(
     only_near: bool | None = None,
     watch: Watch = iter,
 ) -> Velocities:
-    """Improve velocities for these very images (N, M, *spatial) by gradient descent.
+    """Improve velocities for given images (N, M, *spatial) by gradient descent.
 
-    A smoothed update is added to the innermost velocity; what encloses it stays, so the result is inverse consistent by
-    construction like its start, and no step costs more than with one velocity alone. Velocities are integrated on a
-    control grid that may be much coarser than the images: a smooth flow needs no finer one, and it is cheaper there.
+    A smoothed update is added to the innermost velocity. The outer ones do not change, so the result stays inverse
+    consistent by construction, and a step costs no more than with a single velocity. Velocities are integrated on a
+    control grid that may be much coarser than the images: a smooth flow needs no finer grid, and this is cheaper.
 
     Args:
         velocities: where to start, on any grid over the same field of view.
         smoothness: weight of the squared gradient of the displacement.
         blur: standard deviation of a Gaussian on the pooled maps, in voxels of the level; 0 for none.
-        only_near: compare only voxels near a structure, see :func:`voxels_near`; None: where images are large.
+        only_near: compare only voxels near a structure, see :func:`voxels_near`; None: if the images are large.
 
     Returns:
         Velocities, the innermost on the level's control grid, in its voxels.
@@ -61,7 +61,7 @@ def optimise(
             voxels = voxels_near(deformation, fixed, moving)
         loss = _loss(deformation, fixed, moving, level, smoothness, voxels)
         adam.zero_grad()
-        (len(fixed) * loss).backward()  # the gradient of each pair is what it would be alone
+        (len(fixed) * loss).backward()  # each pair has the gradient that it would have alone
         adam.step()
     return (*outer, start + smooth(update.detach()))
 
@@ -74,7 +74,7 @@ def refine(
     settings: RegistrationSettings,
     watch: Watch = iter,
 ) -> Velocities:
-    """:func:`optimise` level by level, each from where the one before ended; without levels, nothing changes."""
+    """:func:`optimise` level by level, each from the result of the one before; without levels, nothing changes."""
     smoothness = settings.smoothness if settings.optimiser_smoothness is None else settings.optimiser_smoothness
     options = {"smoothness": smoothness, "squarings": settings.squarings, "blur": settings.blur, "watch": watch}
     for level in levels:
@@ -89,12 +89,12 @@ def refine_network(
     settings: RegistrationSettings,
     watch: Watch = iter,
 ) -> Velocities:
-    """Improve the velocities of a network by the levels ``settings.instance``; without levels, nothing changes.
+    """Improve a network's velocities at the levels ``settings.instance``; without levels, nothing changes.
 
-    With ``settings.merge``, one velocity is optimised: the sum of these. That leaves out the commutators of the
-    Baker-Campbell-Hausdorff formula, but all of it can be optimised then, while next to the innermost of several
-    velocities the others stay as rough as a network made them. A pair that looks no more alike after the network than
-    before (:func:`brings_closer`) starts from zero instead, with the levels ``settings.baseline``.
+    With ``settings.merge``, their sum is optimised as one velocity. The sum leaves out the commutators of the
+    Baker-Campbell-Hausdorff formula, but all of it can be optimised; otherwise the outer velocities stay as rough as
+    the network made them. A pair that the network does not bring closer (:func:`brings_closer`) starts from zero
+    instead, with the levels ``settings.baseline``.
     """
     if not settings.merge or not settings.instance:
         return refine(fixed, moving, velocities, settings.instance, settings, watch)
@@ -118,7 +118,7 @@ def merged(velocities: Velocities) -> torch.Tensor:
 def brings_closer(
     fixed: torch.Tensor, moving: torch.Tensor, velocity: torch.Tensor, settings: RegistrationSettings
 ) -> torch.Tensor:
-    """Of each pair, whether a velocity lowers the dissimilarity at the first level of ``settings.instance``, (N,)."""
+    """Whether a velocity lowers each pair's dissimilarity at the first level of ``settings.instance``, bool (N,)."""
     level = settings.instance[0]
     one, other = (_blurred(each, level, settings.blur) for each in (fixed, moving))
 
@@ -131,10 +131,10 @@ def brings_closer(
 
 @torch.no_grad()
 def voxels_near(deformation: Deformation, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor | None:
-    """Voxels, int64 (K, D), near which any of the maps (N, M, *spatial) shows a structure, as it is or warped.
+    """Voxels, int64 (K, D), that are near a structure in any of the maps (N, M, *spatial), warped or not.
 
     Everywhere else both images are background, and stay so as long as the displacement hardly changes. Vessels fill a
-    few percent of a volume. None if these are more than half of all voxels, where leaving out the rest does not pay.
+    few percent of a volume. None if these are more than half of all voxels: then leaving out the rest is not worth it.
     """
     warped = warp(torch.cat([moving, fixed]), deformation.resized(fixed.shape[2:]).both)
     shown = torch.cat([fixed, moving, warped]) > FAINT  # (4N, M, *spatial)
@@ -146,7 +146,7 @@ def voxels_near(deformation: Deformation, fixed: torch.Tensor, moving: torch.Ten
 
 
 def _blurred(maps: torch.Tensor, level: Level, blur: float) -> torch.Tensor:
-    from monai.networks.layers import GaussianFilter  # here: its import takes seconds
+    from monai.networks.layers import GaussianFilter  # here, because importing it takes seconds
 
     maps = pool(maps, level.scale)
     return GaussianFilter(maps.dim() - 2, blur).to(maps.device)(maps) if blur > 0 else maps

@@ -1,7 +1,7 @@
 """Registration of pairs of any size and spacing: by a trained network, by optimisation, or by both.
 
-Images are padded to what pooling needs. A network sees them at the millimetres a voxel that it was trained at, and
-optimisation works on the images' own grid, or on a coarser one with about as many voxels as the profile's.
+Images are padded as pooling requires. A network sees them at the voxel size of its training. Optimisation works on the
+images' own grid, or on a coarser one with about as many voxels as the profile's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pairdiff_core.registration.optimise import Watch, brings_closer, merged, re
 from pairdiff_core.training import best_device
 
 VOXELS_AT_ONCE = 2**18  # of the pairs that are registered together: larger tensors are slow on a CPU
-NEARLY = 0.02  # a ratio of spacings this close to a whole number is one: headers say 0.998 mm for 1 mm
-FINEST = 0.25  # voxels of an image to one of the network's, at least
-LARGEST = 8  # times the voxels trained on
+NEARLY = 0.02  # a ratio of spacings this close to a whole number is rounded: headers say 0.998 mm for 1 mm
+FINEST = 0.25  # voxels of an image per voxel of the network's grid along each axis, at least
+LARGEST = 8  # times the voxels of training, at most
 
 
 def register(
@@ -39,13 +39,12 @@ def register(
     """Register every pair.
 
     Args:
-        pairs: of any grid; with a network, of its number of labels.
-        profile: whose ``registration`` gives the levels of optimisation: ``baseline`` without a network, which starts
-            from the identity, ``instance`` with one.
-        network: trained at this profile; None for none.
-        instance: whether to optimise the network's answer.
-        trained_spacing: millimetres a voxel that the network was trained at; None: those of the pairs.
-        watch: goes through the steps of each level of optimisation; ``tqdm`` shows a bar for each.
+        pairs: on any grid; with a network, with as many labels as in its training.
+        profile: has the levels of optimisation: ``baseline``, from the identity, or with a network ``instance``.
+        network: trained at this profile; None: optimisation only.
+        instance: whether to optimise the network's result.
+        trained_spacing: voxel size of the network's training, in millimetres; None: that of the pairs.
+        watch: iterates over the steps of each level of optimisation; ``tqdm`` shows a bar for each level.
 
     Returns:
         Deformations on the grid of the pairs, in its voxels, on the CPU.
@@ -104,9 +103,9 @@ def _velocities(
 
 @torch.no_grad()
 def used_as_start(pairs: PairSet, profile: Profile, network: RegistrationNetwork) -> list[bool]:
-    """Of which pairs :func:`register` optimises the network's answer; of the others it optimises from zero.
+    """For each pair, whether :func:`register` optimises the network's result (True) or starts from zero (False).
 
-    Only ``registration.merge`` allows the latter. The pairs have the spacing that the network was trained at.
+    The latter occurs only with ``registration.merge``. The pairs must have the spacing of the network's training.
     """
     settings, seen = profile.registration, sampling(pairs.spatial, pairs.spacing, profile, pairs.spacing)
     if not settings.merge or not settings.instance:
@@ -128,7 +127,7 @@ def _on_grid(
 
 
 def _padded(labels: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
-    """Labels (N, 2, *old) with zeros behind the last voxel of each axis: voxels keep their indices."""
+    """Pad labels (N, 2, *old) with zeros after the last voxel of each axis, so that voxels keep their indices."""
     pads = [(0, new - old) for old, new in zip(labels.shape[2:], spatial, strict=True)]
     return F.pad(labels, [pad for axis in reversed(pads) for pad in axis])  # the last axis comes first
 
@@ -140,9 +139,9 @@ def _maps(labels: torch.Tensor, padded: Sequence[int], num_labels: int, coarser:
 
 
 def _resampled(labels: torch.Tensor, spatial: Sequence[int], num_labels: int) -> torch.Tensor:
-    """Labels uint8 (N, *old) on the grid that a network takes, as its training data were put on theirs.
+    """Resample labels uint8 (N, *old) to a network's grid in the same way as its training data.
 
-    Slices by majority vote; volumes by maximum, so that no thin vessel is lost.
+    Slices are resampled by majority vote, volumes by maximum, so that no thin vessel is lost.
     """
     if tuple(spatial) == tuple(labels.shape[1:]):
         return labels
@@ -156,16 +155,16 @@ class Sampling(NamedTuple):
 
     grid: tuple[int, ...]  # voxels of the network's images
     padded: tuple[int, ...]  # voxels of the image over the same field of view
-    as_trained: bool  # whether a voxel of that grid has the millimetres of training
+    as_trained: bool  # whether that grid has the voxel size of training
 
 
 def sampling(
     spatial: Sequence[int], spacing: Sequence[float], profile: Profile, trained_spacing: Sequence[float]
 ) -> Sampling:
-    """The grid on which a network sees an image: in the millimetres it was trained at, where these fit.
+    """The grid on which a network sees an image: at the voxel size of its training, where this fits.
 
-    They do not fit where the image would have less than half the voxels that the network needs, or eight times those
-    of its training. Then it sees the image's own voxels, or coarser ones.
+    It does not fit if a side would have less than half the voxels that the network needs, the image over eight times
+    those of training, or a voxel be split into over four along an axis. Then it sees the image's own or coarser voxels.
     """
     settings = profile.registration
     smallest = smallest_side(settings)
@@ -194,5 +193,5 @@ def _nearly_whole(ratio: float) -> float:
 
 
 def _up(size: float, multiple: int) -> int:
-    """The next multiple; a rounding error above one is none."""
+    """Round up to a multiple, but ignore a rounding error above one."""
     return multiple * math.ceil(size / multiple - 1e-6)

@@ -1,6 +1,6 @@
-"""Scoring registration, case by case, and what cases come to.
+"""Scores of registration, for each case and summarised.
 
-Every number has one name: ``dice`` (0 to 1), ``hd95_mm``, ``tre_mm``, ``folding_percent``, ``log_jacobian_sd``,
+The measures are ``dice`` (0 to 1), ``hd95_mm``, ``tre_mm``, ``folding_percent``, ``log_jacobian_sd``,
 ``inverse_consistency_error`` and ``inverse_consistency_error_on_structures`` (voxels), ``seconds``.
 """
 
@@ -34,7 +34,7 @@ def evaluate(pairs: PairSet, method: Method | None = None) -> Iterator[Case]:
         method: how to register; None measures the pairs before registration.
 
     Yields:
-        A case: ``name``; ``dice`` and ``hd95_mm``, means over structures, and ``dice_per_structure``; where it has
+        A case: ``name``; ``dice`` and ``hd95_mm``, means over structures, and ``dice_per_structure``; if it has
         landmarks, ``tre_mm``, ``tre`` (:func:`metrics.describe_errors`) and ``errors_mm`` of each landmark; after a
         method also ``folding_percent``, ``log_jacobian_sd``, ``inverse_consistency_error``, the same over the voxels
         of the fixed image with a label above 0 as ``inverse_consistency_error_on_structures``, and ``seconds``. None
@@ -57,7 +57,7 @@ def score_pair(pair: PairSet, found: Deformation | None = None, moved: torch.Ten
     """One case of :func:`evaluate` without its seconds, from a set of one pair.
 
     Args:
-        found: None: as the pair is.
+        found: None: the pair before registration.
         moved: the moving labels uint8 (1, *spatial) after registration; None: warped by ``found``.
     """
     if moved is None:
@@ -86,19 +86,18 @@ def score_pair(pair: PairSet, found: Deformation | None = None, moved: torch.Ten
 
 
 def score_landmarks(displacement: torch.Tensor, points: torch.Tensor, spacing: Sequence[float]) -> Case:
-    """What a case has of its landmarks, see :func:`metrics.target_registration_error`."""
+    """The landmark errors of a case, see :func:`metrics.target_registration_error`."""
     errors = metrics.target_registration_error(displacement, points, spacing)
     described = metrics.describe_errors(errors)
     return {"tre_mm": described["mean"], "tre": described, "errors_mm": errors.tolist()}
 
 
 def summarise(cases: Sequence[Case], label_names: Sequence[str]) -> dict[str, Any]:
-    """What cases come to.
+    """Summarise cases.
 
     Returns:
-        The mean over the cases of each number that a case has, ``seconds_per_pair``, ``dice_per_structure`` by name;
-        where there are landmarks, over all of them ``tre_all`` and ``tre_percentiles`` (0 to 100); and the ``cases``
-        without their longest lists.
+        The mean over the cases of each measure, ``seconds_per_pair``, and ``dice_per_structure`` by name; if there are
+        landmarks, ``tre_all`` and ``tre_percentiles`` (0 to 100) over all; and the ``cases`` without their long lists.
     """
     row: dict[str, Any] = {name: _mean([case.get(name) for case in cases]) for name in MEASURES}
     row = {name: value for name, value in row.items() if any(name in case for case in cases)}
@@ -121,7 +120,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def score(pairs: PairSet, deformation: Deformation | None = None) -> dict[str, Any]:
-    """:func:`summarise` of all pairs, registered by a deformation or, without one, as they are."""
+    """:func:`summarise` of all pairs, registered by a deformation or, without one, before registration."""
     cases = [
         score_pair(pairs[index], deformation[index : index + 1] if deformation else None) for index in range(len(pairs))
     ]

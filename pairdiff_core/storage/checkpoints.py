@@ -1,7 +1,7 @@
-"""Checkpoints that cannot run code, cannot be half written, and say where they come from.
+"""Checkpoints that cannot run code, are never half written, and record how they were made.
 
 A checkpoint is one safetensors file. Its header holds the description as JSON (settings, history, provenance) and a
-SHA-256 over description and tensors, so the two cannot drift apart.
+SHA-256 over description and tensors, so a mismatch is detected.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, torch.Tensor], descr
     """Write tensors and their description into one safetensors file.
 
     Args:
-        path: file to write; its folder is made.
-        tensors: what ``module.state_dict()`` gives, on any device.
+        path: file to write; its folder is created.
+        tensors: what ``module.state_dict()`` returns, on any device.
         description: anything that JSON can hold.
 
     Raises:
-        CheckpointError: if it cannot be written; what was there before is then still there.
+        CheckpointError: if it cannot be written; an existing file is then kept.
     """
     # a copy each: safetensors refuses tensors that share memory, as tied weights do
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -46,7 +46,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
     """Tensors (on the CPU) and description of a file that :func:`save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: if the file is missing, is no checkpoint, or is damaged.
+        CheckpointError: if the file is missing, not a checkpoint, or damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,17 +70,17 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def check_config(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare what a file was made with to what is asked for now.
+    """Check that a file was made with the settings that are requested now.
 
     Raises:
-        CheckpointError: if anything differs; the message names it.
+        CheckpointError: if a setting differs; the message names it.
     """
     was, now = json.loads(json.dumps([was, now]))
     different = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
     if different:
         raise CheckpointError(
-            f"{path} was made with other settings ({', '.join(different)} differ from now). It stays as it is: "
-            "choose another run folder (--run; in Python, PAIRDIFF_RUNS), or delete the file to make it again."
+            f"{path} was made with other settings ({', '.join(different)} differ). It was not changed. Choose "
+            "another run folder (--run; in Python, PAIRDIFF_RUNS), or delete the file to make it again."
         )
 
 

@@ -1,4 +1,4 @@
-"""The state of unfinished work, kept beside its result so that the next call goes on from there."""
+"""The saved state of unfinished work, so that the next call can continue it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Saving:
     """When unfinished work is saved, and when it pauses."""
 
     every_minutes: float = 5.0
-    should_pause: Callable[[], str | None] = lambda: None  # asked often; a reason to save and stop, or None
+    should_pause: Callable[[], str | None] = lambda: None  # called often; returns a reason to save and stop, or None
 
 
 class Progress:
-    """How far a training is: a file that is rewritten now and then, and removed when the result is there.
+    """The progress of a training: a file that is rewritten regularly, and removed when the result is saved.
 
     Args:
         path: of the file, such as ``vqae.progress``.
@@ -50,16 +50,16 @@ class Progress:
         return time.monotonic() - self.saved >= 60 * self.saving.every_minutes
 
     def restore(self, fabric: Fabric, state: dict[str, Any]) -> None:
-        """Bring the modules, optimisers and values of ``state`` to what the file holds; without a file, do nothing.
+        """Restore the modules, optimisers and values of ``state`` from the file; without a file, do nothing.
 
         Raises:
-            CheckpointError: if the file is damaged or was made with other settings; it stays as it is.
+            CheckpointError: if the file is damaged or was made with other settings; it is not changed.
         """
         if not self.path.exists():
             return
         try:
             saved = fabric.load(self.path, weights_only=True)
-        except Exception as error:  # what a damaged zip or pickle leads to has no common class
+        except Exception as error:  # a damaged zip or pickle raises errors of no common class
             raise CheckpointError(f"{self.path} is damaged ({error}). Delete it to begin this stage again.") from error
         check_config(self.path, saved["config"], self.config)
         self.seconds_before = saved["seconds"]
@@ -70,10 +70,10 @@ class Progress:
                 state[name] = saved[name]
 
     def save(self, fabric: Fabric, state: Mapping[str, Any]) -> None:
-        """Replace the file by the state of now, and the stage's log; every process must call it, the first one writes.
+        """Save the current state and the stage's log; every process must call it, the first one writes.
 
         Raises:
-            CheckpointError: if it cannot be written; the last one is then still there.
+            CheckpointError: if it cannot be written; the existing file is then kept.
         """
         content = {**state, "config": self.config, "seconds": self.seconds}
         with replacing(self.path) if fabric.is_global_zero else nullcontext(self.path) as target:

@@ -48,7 +48,7 @@ def provenance(
 
 
 def code_hash() -> str:
-    """SHA-256 over the source of this package: a measurement made by other code is not reused."""
+    """SHA-256 of this package's source, so that measurements made by other code are not reused."""
     digest = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
         digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
@@ -56,7 +56,7 @@ def code_hash() -> str:
 
 
 def commit() -> str:
-    """Commit of the code that runs, "+changes" behind it if that differs; "unknown" outside a repository."""
+    """Commit of the running code, with "+changes" at the end if it was edited; "unknown" outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PACKAGE), *arguments]
@@ -71,9 +71,9 @@ def commit() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device, such as "NVIDIA H200" or "AMD EPYC (AVX2)".
+    """A readable name of the device, such as "NVIDIA H200" or "AMD EPYC (AVX2)".
 
-    A processor is named with the instructions that PyTorch uses of it: makers give one name to very different ones.
+    A CPU's name includes the instruction set that PyTorch uses, because makers give one name to very different CPUs.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -1,7 +1,7 @@
-"""What a run folder holds beside its checkpoints, and who may write into it.
+"""The files of a run folder besides its checkpoints, and the lock for writing into it.
 
-``config.json`` says what the run is, and ``logs/`` how each training went: a CSV file a stage, with TensorBoard events
-beside it where TensorBoard is installed. Each checkpoint says itself what made it.
+``config.json`` describes the run. ``logs/`` holds a CSV file for each training and, if TensorBoard is installed, its
+events. How a checkpoint was made is stored in the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ IDENTITY = ("dataset", "profile", "seed")  # what must not change in a run folde
 def working_in(folder: Path, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[None]:
     """Keep other processes from working in a run folder, and write ``config.json`` into it.
 
-    The operating system frees the folder when the process ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Args:
         identity: ``dataset``, ``profile`` (its name) and ``seed``; a folder that exists must have the same.
         settings: everything else that ``config.json`` holds.
 
     Raises:
-        CheckpointError: if another process works there, or the folder is that of another run or cannot be written.
+        CheckpointError: if another process is using the folder, or it belongs to another run or cannot be written.
     """
     lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
     try:
@@ -61,7 +61,7 @@ def working_in(folder: Path, identity: Mapping[str, Any], settings: Mapping[str,
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` of a run folder or a pretrained model says.
+    """Read ``config.json`` of a run folder or a pretrained model.
 
     Raises:
         CheckpointError: if the folder or the file is missing or damaged.
@@ -71,14 +71,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         return {**config, **{key: config[key] for key in IDENTITY}}
     except OSError as error:
-        what = "holds no config.json" if Path(folder).is_dir() else "is no folder"
+        what = "holds no config.json" if Path(folder).is_dir() else "is not a folder"
         raise CheckpointError(f"{folder} {what}. Give a run folder, or the folder of a pretrained model.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Choose another run folder, or delete it.") from error
 
 
 def write_log(folder: Path, stage: str, history: Sequence[Mapping[str, float]]) -> None:
-    """Write the history of a training to ``logs/<stage>``, whole: that of an interrupted one would come twice."""
+    """Write the complete history of a training to ``logs/<stage>``; appending would repeat parts after a pause."""
     from lightning_fabric.loggers import CSVLogger, TensorBoardLogger  # here: its import takes seconds
 
     loggers: list[Any] = [CSVLogger(folder / "logs", name=stage, version="")]
@@ -86,7 +86,7 @@ def write_log(folder: Path, stage: str, history: Sequence[Mapping[str, float]]) 
         for old in (folder / "logs" / stage).glob("events.*"):
             old.unlink()
         loggers.append(TensorBoardLogger(folder / "logs", name=stage, version=""))
-    # the last log of the stage is replaced without a warning; where it cannot be written, the checkpoint will say so
+    # an old log is replaced without a warning; if the log cannot be written, saving the checkpoint reports it
     with warnings.catch_warnings(action="ignore"), suppress(OSError):
         for logger in loggers:
             for entry in history:
@@ -96,11 +96,11 @@ def write_log(folder: Path, stage: str, history: Sequence[Mapping[str, float]]) 
 
 
 def measured_once(path: Path, depends_on: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-    """What ``measure()`` returns, kept in a JSON file and measured again when anything it depends on changes."""
+    """The result of ``measure()``, stored in a JSON file and measured again when anything it depends on changes."""
     depends_on = json.loads(json.dumps(depends_on))
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("depends_on") != depends_on:
         kept = {"result": measure(), "depends_on": depends_on}
         write_json(path, kept)
-        kept = json.loads(path.read_text())  # rounded, as the next call will find it
+        kept = json.loads(path.read_text())  # rounded, as in the next call
     return kept["result"]

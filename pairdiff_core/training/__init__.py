@@ -1,4 +1,4 @@
-"""Training: the loop, its batches, devices and processes, seeds, and how work is asked to pause."""
+"""Training: the loop, its batches, devices and processes, seeds, and pausing."""
 
 from . import distributed
 from .batches import Samples, batch_loader

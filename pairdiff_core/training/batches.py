@@ -1,8 +1,7 @@
 """Which samples a training step takes, as a function of the step.
 
-A batch depends on the seed and the step alone, so that an interrupted run goes on with the batches it would have had.
-Each *sample* draws its random numbers from a generator of its own: several processes that share a batch make the same
-samples as one process that makes them all.
+A batch depends only on the seed and the step, so an interrupted run continues with the same batches. Each *sample* has
+its own random generator, so several processes that share a batch make the same samples as a single process.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from pairdiff_core.training.seeds import generator
 class Samples:
     """Which of N training items this process takes at which step.
 
-    All samples of a training are numbered: step s of P processes has those from s P B to (s + 1) P B - 1. In each round
-    of N numbers every item comes once, in a new random order.
+    All samples of a training are numbered: step s of P processes takes numbers s P B to (s + 1) P B - 1. Each epoch of
+    N numbers contains every item once, in a new random order.
 
     Attributes:
         items: N.
-        batch: B, samples a step and process.
+        batch: B, samples per step and process.
         seed: of order and augmentation.
 
     Raises:
@@ -60,7 +59,7 @@ class Samples:
         return torch.stack([orders[each][position] for each, position in positions])
 
     def generators(self, step: int, purpose: str) -> list[torch.Generator]:
-        """One generator for each sample of a step and what it is used for."""
+        """One generator for each sample of a step, for a given purpose."""
         return [generator(self.seed, purpose, number) for number in self.at(step)]
 
 
@@ -78,6 +77,6 @@ class _Steps(Dataset):
 
 
 def batch_loader(batches: Callable[[int], Any], first: int, last: int, device: torch.device) -> DataLoader:
-    """The batches of the steps ``first`` to ``last - 1``; for a GPU, another process prepares them ahead of time."""
+    """The batches of steps ``first`` to ``last - 1``; for a GPU, another process prepares them in advance."""
     ahead = {"num_workers": 1, "prefetch_factor": 4, "pin_memory": True} if device.type == "cuda" else {}
     return DataLoader(_Steps(batches, first, last), batch_size=None, **ahead)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def best_device() -> torch.device:
-    """What the environment variable PAIRDIFF_DEVICE names, "cpu" or "cuda"; without it, the GPU if CUDA has one.
+    """The device that PAIRDIFF_DEVICE names, "cpu" or "cuda"; if it is not set, a GPU if CUDA has one.
 
     Raises:
-        DataError: if it names something else, or a GPU that is not there.
+        DataError: if it names something else, or "cuda" without a GPU.
     """
     found = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = os.environ.get("PAIRDIFF_DEVICE") or found
@@ -33,27 +33,27 @@ def best_device() -> torch.device:
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16, so that a stage in it takes less time than in 32 bit.
+    """Whether the device has instructions for bfloat16, which make it faster than 32 bit.
 
-    On x86 processors without them PyTorch takes ways that are up to hundreds of times slower (pytorch/pytorch, issues
-    146508 and 183815). Of processors of other makes nothing is known here, and the answer is no.
+    On x86 CPUs without them, PyTorch is up to hundreds of times slower (pytorch/pytorch, issues 146508 and 183815).
+    Other CPUs were not tested, so the answer for them is no.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = getattr(torch.cpu, "get_capabilities", dict)()  # older versions cannot be asked
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()  # older versions lack it
     return any(instructions.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def precision(bfloat16: bool) -> str:
-    """In Fabric's words: "bf16-mixed" where bfloat16 is allowed and the device is fast in it, else "32-true"."""
+    """The precision for Fabric: "bf16-mixed" if bfloat16 is allowed and fast on the device, else "32-true"."""
     return "bf16-mixed" if bfloat16 and fast_in_bfloat16(best_device()) else "32-true"
 
 
 def new_fabric(bfloat16: bool = False) -> Fabric:
-    """Device, precision and processes of a training; joins the processes that ``torchrun`` started."""
+    """A Fabric for the device, precision and processes of a training; joins the processes that ``torchrun`` started."""
     from lightning_fabric import Fabric  # here: its import takes seconds
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else a line for each use of bfloat16
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # otherwise a line for each use of bfloat16
     options = {"accelerator": best_device().type, "precision": precision(bfloat16)}
     if distributed.count() == 1:
         return Fabric(devices=1, **options)

@@ -1,7 +1,7 @@
-"""One process or several that train together: what each must know of the others.
+"""Training in one or several processes: their number, rank and communication.
 
-Several are started by ``torchrun`` and joined by :meth:`lightning_fabric.Fabric.launch`. Without them, each function
-gives what holds for one. Fabric's own ``all_gather`` needs the Fabric object, which a model does not have.
+``torchrun`` starts several processes and :meth:`lightning_fabric.Fabric.launch` joins them. Without them, each function
+returns the result for one process. Fabric's own ``all_gather`` needs the Fabric object, which a model does not have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Asking work to pause: by Ctrl-C, by the SIGTERM that a cluster sends before its time limit, or after some time."""
+"""Pausing work: on Ctrl-C, on the SIGTERM that a cluster sends before its time limit, or after some time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 
 class Paused(Exception):
-    """Work stopped because it was asked to; its progress is saved, and the same call goes on from there."""
+    """Work stopped on request; its progress is saved, and the same call continues it."""
 
 
 @contextmanager
 def pausing(minutes: float | None = None) -> Iterator[Callable[[], str | None]]:
-    """Inside, SIGINT and SIGTERM ask for a pause instead of killing the process; a second signal acts as usual.
+    """Within the block, SIGINT and SIGTERM ask for a pause and do not kill the process; a second signal acts as usual.
 
-    Gives a function that returns the reason to pause, or None, as :class:`pairdiff_core.storage.Saving` wants it.
+    Yields a function that returns the reason to pause, or None, for :class:`pairdiff_core.storage.Saving`.
 
     Args:
-        minutes: after this time there is a reason, too; None for no limit.
+        minutes: time after which there is a reason to pause; None for no limit.
     """
     started, caught = time.monotonic(), []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop, which all stages share."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def fit(
     progress: Progress | None = None,
     description: str = "training",
 ) -> History:
-    """Train ``model`` in place: AdamW, a short warm-up, then a cosine down to zero.
+    """Train ``model`` in place with AdamW; the learning rate has a short warm-up, then a cosine down to zero.
 
-    Every step depends on its number, the seed and the state before it alone. So a training that was interrupted and
-    goes on from its progress ends, on a CPU, with the very bits of one that was not.
+    Every step depends only on its number, the seed and the state before it. On a CPU, a training that was interrupted
+    and continued therefore gives bit-identical results.
 
     Args:
         loss: from (model, batch) to named scalars; the one called "loss" is minimised, all are logged.
         batches: from the number of a step, 0 to ``steps - 1``, to its batch, a tensor or a tuple of tensors.
-        settings: of a stage: its ``steps`` and ``learning_rate``, the peak; with an ``average``, a decay, the moving
+        settings: of a stage: ``steps`` and ``learning_rate``, the peak. If it has an ``average``, a decay, the moving
             average of the weights replaces them at the end.
         seed: of random numbers that the model itself draws.
-        fabric: device, precision and processes; by default the best device there is, in 32 bit.
-        progress: where the state is saved and taken up again; by default nothing is saved.
+        fabric: device, precision and processes; by default the best available device, in 32 bit.
+        progress: where the state is saved and restored from; by default nothing is saved.
         description: of the progress bar and the errors.
 
     Raises:
-        FloatingPointError: if the loss or its gradient is not finite; what was saved before is still good.
-        ValueError: if bfloat16 is asked for where PyTorch computes wrong gradients in it.
+        FloatingPointError: if the loss or its gradient is not finite; saved progress remains valid.
+        ValueError: if bfloat16 is used where PyTorch computes wrong gradients in it.
         Paused: if there is a reason to pause; the state is saved.
     """
     fabric, decay = fabric or new_fabric(), getattr(settings, "average", 0.0)
@@ -72,7 +72,7 @@ def fit(
         progress.restore(fabric, state)
     model.train()
     loader = batch_loader(batches, state["step"], settings.steps, fabric.device)
-    bar = tqdm(  # not of the loader: tqdm.auto would start an iterator, and its worker, of its own
+    bar = tqdm(  # not around the loader: tqdm.auto would start a second iterator with its own worker
         desc=description, initial=state["step"], total=settings.steps, leave=False, mininterval=1.0,
         # None: shown in a terminal or a notebook only. Set outright, it hides tqdm's own variable.
         disable=True if distributed.rank() or os.environ.get("TQDM_DISABLE") else None,
@@ -133,7 +133,7 @@ def _log(state: dict[str, Any], description: str) -> None:
 
 
 def _save(fabric: Fabric, progress: Progress, state: dict[str, Any], description: str) -> None:
-    """Save the state if it is time to; if any process has a reason to pause, save it and pause."""
+    """Save the state if it is due; if any process has a reason to pause, save it and pause."""
     reason = progress.saving.should_pause()
     pause = distributed.any_of(reason is not None)
     if not pause and not distributed.any_of(progress.due()):
@@ -150,7 +150,7 @@ def _save(fabric: Fabric, progress: Progress, state: dict[str, Any], description
 def _right_gradients(model: nn.Module) -> Iterator[None]:
     """Refuse what PyTorch 2.13 gets wrong on CPUs: in bfloat16, a 3D convolution of an input that is two voxels deep.
 
-    The gradient of its weights then holds whatever was in memory. The forward pass is right, and so are other sizes.
+    The gradient of its weights is then uninitialised memory. The forward pass and other sizes are right.
     """
 
     def refuse(convolution: nn.Conv3d, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -158,7 +158,7 @@ def _right_gradients(model: nn.Module) -> Iterator[None]:
         if low and given.device.type == "cpu" and given.shape[2] == 2 and convolution.stride[0] == 1:
             raise ValueError(
                 f"a 3D convolution gets {tuple(given.shape[2:])} voxels in bfloat16, for which PyTorch computes wrong "
-                "gradients on a CPU: take this stage out of the profile's mixed_precision, or use larger images"
+                "gradients on a CPU: remove this stage from the profile's mixed_precision, or use larger images"
             )
 
     convolutions = (part for part in model.modules() if isinstance(part, nn.Conv3d))

@@ -1,7 +1,6 @@
-"""Random numbers that depend on what they are for, not on what was drawn before.
+"""Random numbers that depend on their purpose, not on what was drawn before.
 
-An interrupted run then goes on with the numbers that it would have had, and several processes draw what one process
-would have drawn.
+An interrupted run therefore continues with the same numbers, and several processes draw the same numbers as one.
 """
 
 from __future__ import annotations
