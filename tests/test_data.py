@@ -62,7 +62,7 @@ def test_the_official_test_cases_of_the_lungs(lung_folder: Path) -> None:
 
 @pytest.mark.parametrize("dataset", [name for name in DATASETS if name != "lung250m"])
 def test_only_lung250m_has_a_test_split_and_cases(dataset: str) -> None:
-    with pytest.raises(DataError, match=f"{dataset} has no split 'test'; take one of train, validation$"):
+    with pytest.raises(DataError, match=f"{dataset} has no split 'test'; choose one of train, validation$"):
         load_pairs(dataset, "test", SMALL)
     with pytest.raises(DataError, match=f"{dataset} has no cases.*lung250m"):
         load_pairs(dataset, "train", SMALL, cases=["1"])
