@@ -67,6 +67,7 @@ LUNGS, BRAINS = (
     [
         ("before registration", "tre_before", None),
         ("optimiser, no training", "tre_optimiser", "seconds_optimiser"),
+        ("network, ten real pairs under random", "tre_network_random_warps", "seconds_network_random_warps"),
         ("network, ten real pairs with", "tre_network_motion", "seconds_network_motion"),
         ("that network, then the optimiser", "tre_network_motion_instance", "seconds_network_motion_instance"),
         ("network, synthetic pairs only", "tre_network_synthetic", "seconds_network_synthetic"),
