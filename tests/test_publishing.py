@@ -50,7 +50,7 @@ def test_each_push_is_checked_and_the_main_branch_is_published() -> None:
 
 def test_the_container_starts_the_notebooks() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
-    assert "ARG DEVICE=cpu" in lines
+    assert "ARG TORCH_INDEX=" in lines
     assert any("make setup" in line for line in lines)
     assert json.loads(lines[-1].removeprefix("CMD "))[:2] == ["make", "lab"]
     container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
