@@ -7,12 +7,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import nibabel as nib
+import numpy as np
 import torch
+from nibabel.processing import conform
 from tqdm.auto import tqdm
 
-from pairdiff_cli.volume_files import write_nifti
+from pairdiff_cli.volume_files import read_pair, write_nifti
 from pairdiff_core import __version__
 from pairdiff_core.data import grid_affine, label_names
 from pairdiff_core.errors import CheckpointError, DataError
@@ -29,7 +32,7 @@ from pairdiff_core.pipeline import (
 from pairdiff_core.profiles import to_json
 from pairdiff_core.storage import load_checkpoint, provenance
 from pairdiff_core.training import best_device
-from pairdiff_core.vqae import decode_labels
+from pairdiff_core.vqae import decode_labels, encode_pairs
 
 AT_ONCE = 4  # pairs that are decoded together
 
@@ -68,7 +71,13 @@ def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> 
 
 
 def make_pairs(
-    model: str | Path, to: str | Path, number: int | None = None, seed: int = 0, *, progress: bool = False
+    model: str | Path,
+    to: str | Path,
+    number: int | None = None,
+    seed: int = 0,
+    given: str | Path | None = None,
+    *,
+    progress: bool = False,
 ) -> int:
     """Draw new pairs from a pretrained model, or from the networks of a run, and write them like :func:`export_pairs`.
 
@@ -77,6 +86,8 @@ def make_pairs(
         to: folder to create; it may exist if it is empty.
         number: number of pairs; None takes that of the model's profile.
         seed: of the pairs. A run with this seed that uses this model makes the same ones.
+        given: a label volume that is the fixed image of all pairs, whose moving images are drawn; it is written as the
+            model sees it, see :func:`read_given`. None: both images are drawn.
         progress: whether to show progress bars.
 
     Returns:
@@ -89,11 +100,42 @@ def make_pairs(
     synthesis = replace(own.profile.synthesis, pairs=number or own.profile.synthesis.pairs)
     work = replace(own, seed=seed, profile=replace(own.profile, synthesis=synthesis))
     autoencoder, denoiser = (load_model(own.path, stage) for stage in ("vqae", "denoiser"))
-    bar = tqdm(range(number_of_shards(work)), desc="tokens", disable=not progress)
-    tokens = torch.cat([sample_pairs(work, denoiser, shard) for shard in bar])
     made_by = provenance(work.profile.name, seed, best_device()) | {"dataset": work.dataset}
     made_by |= {"autoencoder": autoencoder.fingerprint, "denoiser": denoiser.fingerprint}
-    return _write_pairs(to, work, autoencoder, tokens, made_by | {"settings": to_json(synthesis)}, progress)
+    known, fixed = None, None
+    if given is not None:
+        if denoiser.model.given is None:
+            raise CheckpointError(f"the denoiser of {own.path} was trained without fixed images. Give no --given.")
+        fixed = read_given(given, work)
+        known = encode_pairs(autoencoder.model, fixed.labels.expand(1, 2, *fixed.labels.shape))
+        made_by |= {"given": str(given)}
+    bar = tqdm(range(number_of_shards(work)), desc="tokens", disable=not progress)
+    tokens = torch.cat([sample_pairs(work, denoiser, shard, known) for shard in bar])
+    return _write_pairs(to, work, autoencoder, tokens, made_by | {"settings": to_json(synthesis)}, progress, fixed)
+
+
+class Given(NamedTuple):
+    """A fixed image as a model sees it."""
+
+    labels: torch.Tensor  # uint8 (*spatial)
+    affine: np.ndarray  # (4, 4), from its voxels to world coordinates in mm, RAS
+
+
+def read_given(path: str | Path, run: Run) -> Given:
+    """A label volume on the grid of a run, about the volume's centre; resampled by nearest neighbour where needed.
+
+    Raises:
+        DataError: if the file is not a label volume with the labels of the run; the message names the file.
+    """
+    volume, affine = read_pair(path, path), grid_affine(run.dataset, run.profile.spatial)
+    labels = volume.pairs(run.profile).labels[0, 0].numpy()
+    axes, spacing = "".join(nib.aff2axcodes(affine)), nib.affines.voxel_sizes(affine)
+    image = nib.Nifti1Image(labels.reshape((*labels.shape, 1)[:3]), volume.affine)
+    here = conform(image, (*run.profile.spatial, 1)[:3], spacing, order=0, orientation=axes)
+    found = np.asarray(here.dataobj).astype(np.uint8).reshape(run.profile.spatial)
+    if not found.any():
+        raise DataError(f"{path} has no structure within {run.profile.spatial} voxels about its centre. Crop it.")
+    return Given(torch.from_numpy(found), here.affine)
 
 
 def _unused(to: str | Path) -> Path:
@@ -109,10 +151,17 @@ def _unused(to: str | Path) -> Path:
 
 
 def _write_pairs(
-    to: Path, run: Run, autoencoder: Trained, tokens: torch.Tensor, made_by: dict[str, Any], progress: bool
+    to: Path,
+    run: Run,
+    autoencoder: Trained,
+    tokens: torch.Tensor,
+    made_by: dict[str, Any],
+    progress: bool,
+    given: Given | None = None,
 ) -> int:
     """Decode tokens int (N, *grid) and write the pairs; the folder appears complete or not at all."""
-    name, pairs, affine = f"PairDiff-{run.dataset}", [], grid_affine(run.dataset, run.profile.spatial)
+    name, pairs = f"PairDiff-{run.dataset}", []
+    affine = grid_affine(run.dataset, run.profile.spatial) if given is None else given.affine
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
@@ -120,6 +169,8 @@ def _write_pairs(
             (root / "imagesTr").mkdir(parents=True)
             bar = tqdm(tokens.split(AT_ONCE), unit_scale=AT_ONCE, unit="pair", disable=not progress)
             for decoded in (pair for some in bar for pair in decode_labels(autoencoder.model, some)):
+                if given is not None:
+                    decoded[0] = given.labels
                 files = [f"./imagesTr/{name}_{len(pairs) + 1:04d}_{image:04d}.nii.gz" for image in (0, 1)]
                 for file, labels in zip(files, decoded.numpy(), strict=True):
                     write_nifti(root / file, labels.reshape((*labels.shape, 1)[:3]), affine)

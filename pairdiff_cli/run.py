@@ -31,6 +31,9 @@ def run(
         str | None, typer.Option(help="With synthesis: draw pairs from this pretrained model alone, without data.")
     ] = None,
     to: Annotated[Path | None, typer.Option(help="With --model: folder to create for the pairs, as NIfTI.")] = None,
+    given: Annotated[
+        Path | None, typer.Option(help="With --model: a label volume that is the fixed image of all pairs.")
+    ] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Number of synthetic pairs. Default: the profile's.")] = None,
     max_minutes: Annotated[float | None, typer.Option(min=0, help="Save progress and stop after this time.")] = None,
     save_minutes: Annotated[float, typer.Option(min=0, help="Save the progress this often.")] = 5.0,
@@ -48,11 +51,12 @@ def run(
     Example:
       pairdiff run all --dataset phantom2d --profile quick --run runs/mine
       pairdiff run synthesis --model oasis2d-laptop --pairs 4 --to pairs
+      pairdiff run synthesis --model lung250m-laptop --given fixed.nii.gz --pairs 6 --to partners
       torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run-folder runs/two
     """
-    if model is not None or to is not None:
+    if model is not None or to is not None or given is not None:
         own = {"dataset": dataset, "run": run, "profile": profile, "data": data, "max_minutes": max_minutes}
-        refuse("cannot be used with --model and --to, which need only --pairs and --seed", **own)
+        refuse("cannot be used with --model and --to, which need only --pairs, --seed and --given", **own)
         if stage != "synthesis" or model is None or to is None:
             use = "pairdiff run synthesis --model oasis2d-laptop --to pairs"
             raise typer.BadParameter(f"--model and --to need each other and synthesis: {use}", param_hint="--model")
@@ -66,7 +70,7 @@ def run(
         from pairdiff_cli.export import make_pairs
 
         progress = not quiet and typer.get_text_stream("stderr").isatty()
-        typer.echo(f"{make_pairs(model, to, pairs, seed, progress=progress)} pairs are in {to}")
+        typer.echo(f"{make_pairs(model, to, pairs, seed, given, progress=progress)} pairs are in {to}")
         return
     if pairs is not None:
         settings = replace(settings, synthesis=replace(settings.synthesis, pairs=pairs))

@@ -65,6 +65,8 @@ class DenoiserSettings:
     learning_rate: float  # published: 1e-4
     average: float  # decay per step of the moving average of the weights
     convolutions: int = 0  # residual blocks before the transformer's layers (published: none)
+    coarser: int = 1  # the transformer sees a grid this many times coarser (published: 1)
+    given: float = 0.0  # share of the training pairs whose fixed image is shown (published: 0)
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,9 @@ _PAPER_2D = Profile(
 _LUNG_LEVELS = (Level(8, 2, 20, 0.3, 0.5), Level(4, 2, 20, 0.2, 0.5), Level(2, 4, 20, 0.2, 0.5))
 _HALVED_LUNG_LEVELS = tuple(level._replace(scale=level.scale // 2) for level in _LUNG_LEVELS)
 
+_QUICK_BREATHING = Augmentation(affine=0.05, common=1.0, own=0.5, smoothness=12, coarser=4, motion=1.0)
+_BREATHING = Augmentation(affine=0.05, common=2.0, own=1.0, smoothness=24, coarser=4, motion=1.6)
+
 _QUICK_3D = Profile(
     name="quick",
     spatial=(64, 52, 64),
@@ -295,21 +300,22 @@ _QUICK_3D = Profile(
         steps=900,  # after a tenth of them, both images are still decoded as their average
         batch=2,
         learning_rate=4e-3,
-        # with own=1.0 the two images differ less, and training takes longer to get past their average
-        augmentation=Augmentation(affine=0.05, common=1.0, own=1.5, smoothness=12, coarser=4),
+        augmentation=_QUICK_BREATHING,
         patches=Patches((32, 24, 32), cuts=32),
     ),
     denoiser=DenoiserSettings(
-        layers=0,
-        width=32,
+        layers=1,
+        width=64,
         heads=4,
-        feed_forward=64,
+        feed_forward=128,
         copies=4,
-        steps=700,  # of one pair each: in the same time, these learn more than 500 of two pairs
-        batch=1,
-        learning_rate=1e-2,
+        steps=500,
+        batch=1,  # in the same time, steps of one pair learn more than fewer ones of two pairs
+        learning_rate=5e-3,
         average=0.98,
-        convolutions=2,
+        convolutions=1,
+        coarser=2,
+        given=0.5,
     ),
     synthesis=SynthesisSettings(pairs=12, steps=32, temperature=0.9),
     registration=RegistrationSettings(
@@ -325,7 +331,7 @@ _QUICK_3D = Profile(
         baseline=(Level(2, 2, 20, 0.3), Level(1, 4, 10, 0.2)),
         scales=3,  # with these and the repeats, a network learns more of the motion from synthetic pairs
         repeats=3,
-        breathing=Augmentation(affine=0.05, common=1.0, own=0.5, smoothness=12, coarser=4, motion=1.0),
+        breathing=_QUICK_BREATHING,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )
@@ -337,27 +343,29 @@ _LAPTOP_3D = Profile(
     max_pairs=97,
     phantom_subjects=10,
     vqae=VQAESettings(
-        channels=(16, 32, 64, 64),
+        channels=(32, 64, 64, 64),
         strides=(2, 2, (1, 1, 2), 1),  # tokens of 8 x 8 x 16 mm, longest along the axis of breathing
         codes=1024,
         fade_in=0,
         steps=4000,
         batch=2,
         learning_rate=4e-3,
-        augmentation=Augmentation(affine=0.05, common=2.0, own=2.0, smoothness=24, coarser=4),
+        augmentation=_BREATHING,  # without motions, 600 steps leave both images decoded as their average
         patches=Patches((64, 48, 64), cuts=8),
     ),
     denoiser=DenoiserSettings(
-        layers=0,
-        width=64,
+        layers=4,
+        width=128,
         heads=4,
-        feed_forward=128,
-        copies=24,
-        steps=3000,
+        feed_forward=256,
+        copies=32,
+        steps=1400,
         batch=2,
         learning_rate=2e-3,
-        average=0.99,
-        convolutions=4,
+        average=0.995,
+        convolutions=2,
+        coarser=2,
+        given=0.5,
     ),
     # Bits per token of 16 synthetic lung pairs under the denoiser itself, accurate to about 0.03: 3.20 with 256 uniform
     # steps and 3.39 with 32; on a cosine schedule, 3.27 with 32 and 3.19 with 48.
@@ -379,7 +387,7 @@ _LAPTOP_3D = Profile(
         scales=4,
         repeats=3,
         augmentation=Augmentation(affine=0.05, common=2.0, own=4.0, smoothness=24, coarser=4),
-        breathing=Augmentation(affine=0.05, common=2.0, own=1.0, smoothness=24, coarser=4, motion=1.6),
+        breathing=_BREATHING,
     ),
     mixed_precision=("denoiser", "synthesis"),
 )

@@ -52,7 +52,7 @@ def clueless(tokens):
 
 def small_denoiser(grid, **sizes):
     torch.manual_seed(0)
-    few = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16, "convolutions": 0}
+    few = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16, "convolutions": 0, "coarser": 1, "given": 0.0}
     return absorbing.Denoiser(replace(get_profile("quick").denoiser, **few | sizes), CODES, grid).eval()
 
 
@@ -183,14 +183,19 @@ def test_positions_that_are_near_have_codes_that_are_near(grid, width):
     assert distance[steps == 1].mean() < distance[steps == 2].mean() < distance[steps > 3].mean()
 
 
-def test_the_denoiser_learns_a_toy_joint(joint, sequences):
-    """After training on samples of the toy problem, the bound is close to the entropy."""
-    denoiser = small_denoiser((LENGTH,), layers=2, width=32, feed_forward=64).train()
+@pytest.mark.parametrize("coarser", [1, 2])
+def test_the_denoiser_learns_a_toy_joint(joint, sequences, coarser):
+    """After training on samples of the toy problem, the bound is close to the entropy; what is given lowers it."""
+    denoiser = small_denoiser(
+        (2, 2), layers=2, width=32, feed_forward=64, given=0.5, convolutions=int(coarser == 2), coarser=coarser
+    ).train()
     adam, generator = torch.optim.Adam(denoiser.parameters(), 3e-3), seeded()
-    for _ in range(300):
-        batch = sequences[torch.multinomial(joint, 256, replacement=True, generator=generator)]
+    for _ in range(400):
+        tokens = sequences[torch.multinomial(joint, 256, replacement=True, generator=generator)]
         t = torch.rand(256, generator=generator)
-        loss = absorbing.training_loss(denoiser, (batch, t, *absorbing.mask_tokens(batch, t, MASK, generator)))["loss"]
+        hidden = tokens.masked_fill(torch.rand(256, 1, generator=generator) < 0.5, MASK)  # all that is to be found
+        state = absorbing.mask_tokens(tokens, t, MASK, generator)
+        loss = absorbing.training_loss(denoiser, absorbing.Batch(tokens, t, state, hidden))["loss"]
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -198,14 +203,49 @@ def test_the_denoiser_learns_a_toy_joint(joint, sequences):
     bits = (joint * absorbing.bits_per_token(denoiser.eval(), sequences, MASK, generator, draws=32)).sum()
     assert entropy - 0.05 < bits < entropy + 0.1
     assert bits < 0.75 * math.log2(CODES)
+    with torch.no_grad():
+        masked, unknown = torch.full_like(sequences, MASK), torch.full_like(sequences, MASK)
+        assert torch.equal(denoiser(masked, given=unknown), denoiser(masked)), "MASK says nothing"
+        found = denoiser(masked, given=sequences).argmax(2)
+    assert (joint * (found == sequences).double().mean(1)).sum() > 0.95
+
+
+def test_only_a_denoiser_that_was_trained_with_fixed_images_is_given_one():
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="trained without fixed images"):
+        small_denoiser((2, 2))(tokens, given=tokens)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 3), (3, 4, 5)])
+def test_a_coarser_transformer_sees_the_whole_grid(grid):
+    """Also where the sides of the grid are not multiples of two."""
+    model, length = small_denoiser(grid, coarser=2), math.prod(grid)
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    changed = tokens.index_fill(1, torch.tensor([length - 1]), 1)
+    logits = model(tokens)
+    assert logits.shape == (1, length, CODES)
+    assert (model(changed) != logits).any(-1).all()
+    with pytest.raises(ValueError, match="width 16 is not a multiple of 3"):
+        small_denoiser(grid, coarser=3)
 
 
 def test_each_training_sequence_is_masked_by_its_own_generator():
     tokens = torch.randint(0, CODES, (3, 50), dtype=torch.int16)
-    together = absorbing.training_batch(tokens, MASK, [seeded(1), seeded(2), seeded(3)])
-    alone = absorbing.training_batch(tokens[1:2], MASK, [seeded(2)])
-    assert all(torch.equal(part[1:2], expected) for part, expected in zip(together, alone, strict=True))
-    assert len(together[1].unique()) == 3, "each has its own t"
+    fixed = tokens.flip(1)
+    together = absorbing.training_batch(tokens, MASK, [seeded(1), seeded(2), seeded(3)], fixed, 0.5)
+    alone = absorbing.training_batch(tokens[1:2], MASK, [seeded(2)], fixed[1:2], 0.5)
+    for part, expected in zip((together, together.state), (alone, alone.state), strict=True):
+        for name in ("tokens", "t", "masked", "given"):
+            if hasattr(part, name):
+                assert torch.equal(getattr(part, name)[1:2], getattr(expected, name))
+    assert len(together.t.unique()) == 3, "each has its own t"
+
+
+def test_a_share_of_the_fixed_images_is_shown():
+    tokens = torch.zeros(400, 3, dtype=torch.int16)
+    given = absorbing.training_batch(tokens, MASK, [seeded(each) for each in range(400)], tokens, 0.25).given
+    shown = (given == 0).all(1)
+    assert torch.all(shown | (given == MASK).all(1)) and 0.2 < shown.double().mean() < 0.3
 
 
 def test_another_length_is_refused():

@@ -13,6 +13,7 @@ from .realism import (
     displacement_statistics,
     pair_features,
     precision_recall_density_coverage,
+    share_in_real_range,
     structure_areas,
 )
 from .registration import (
@@ -26,4 +27,4 @@ from .registration import (
     mean_over_pairs,
     target_registration_error,
 )
-from .synthetic import compare_sets
+from .synthetic import audit_as_json, compare_sets

@@ -1,6 +1,7 @@
 """Are synthetic pairs copies of training pairs?"""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,12 @@ class MemorisationAudit(NamedTuple):
     memorised: bool  # the verdict: ``closer`` exceeds 0.05 by more than three (binomial) standard errors
 
 
-def memorisation_audit(samples: Tensor, training: Tensor, held_out: Tensor) -> MemorisationAudit:
+def memorisation_audit(
+    samples: Tensor,
+    training: Tensor,
+    held_out: Tensor,
+    distances_of: Callable[[Tensor, Tensor], Tensor] = pair_distances,
+) -> MemorisationAudit:
     """Are the samples nearer to the training pairs than real pairs of unseen subjects are?
 
     The idea of Meehan et al. (AISTATS 2020): a generator that learned the distribution comes no nearer to its training
@@ -56,9 +62,12 @@ def memorisation_audit(samples: Tensor, training: Tensor, held_out: Tensor) -> M
     autoencoder from the comparison. Single images (I = 1) reveal copies in new combinations.
 
     Label maps uint8 (S, I, *spatial), (T, I, *spatial), (H, I, *spatial), on one grid, one or more of each.
+
+    Args:
+        distances_of: from two sets of pairs to the distances (N, M) between them.
     """
-    distances, nearest = pair_distances(samples, training).min(dim=1)
-    held_out_distances = pair_distances(held_out, training).min(dim=1).values
+    distances, nearest = distances_of(samples, training).min(dim=1)
+    held_out_distances = distances_of(held_out, training).min(dim=1).values
     threshold = held_out_distances.quantile(CLOSE).item()
     closer = (distances < threshold).double().mean().item()
     memorised = closer > CLOSE + 3 * math.sqrt(CLOSE * (1 - CLOSE) / len(samples))

@@ -131,6 +131,15 @@ def pair_features(labels: Tensor, num_labels: int, cells: Sequence[int]) -> Tens
     return torch.stack(features).reshape(len(labels), -1)  # (N * I, C - 1, cells) -> (N, I * (C - 1) * cells)
 
 
+def share_in_real_range(real: Tensor, other: Tensor) -> float:
+    """The share (0 to 1) of the features of ``other`` (M, F) that lie between the 5th and 95th percentiles of ``real``.
+
+    Features are float (N, F), such as those of :func:`pair_features`. About 0.9 for other samples of the same kind.
+    """
+    low, high = real.quantile(torch.tensor([0.05, 0.95], dtype=real.dtype), dim=0)
+    return ((other >= low) & (other <= high)).double().mean().item()
+
+
 def precision_recall_density_coverage(real: Tensor, synthetic: Tensor, neighbours: int = 5) -> dict[str, float]:
     """Are synthetic samples like real ones (precision, density), and as varied (recall, coverage)?
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from pairdiff_core.metrics.memorisation import memorisation_audit
+from pairdiff_core.metrics.memorisation import MemorisationAudit, memorisation_audit
 from pairdiff_core.metrics.realism import (
     compare_areas,
     compare_components,
     pair_features,
     precision_recall_density_coverage,
+    share_in_real_range,
 )
 from pairdiff_core.pairs import PairSet
 
@@ -34,7 +35,9 @@ def compare_sets(train: PairSet, decoded: dict[str, PairSet], generator: torch.G
     Returns:
         ``pairs``, the number of synthetic ones; ``areas`` and ``components``, see :func:`compare_areas` and
         :func:`compare_components`; ``quality``, of "synthetic" and of "validation" images, see
-        :func:`precision_recall_density_coverage`; ``memorisation``, the audit of ``pairs`` and of ``images``.
+        :func:`precision_recall_density_coverage`; ``sixths``, for the same two, how often the share of foreground in a
+        sixth of the image (two sides, three heights) is in the real range, see :func:`share_in_real_range`;
+        ``memorisation``, the audit of ``pairs`` and of ``images``.
     """
     synthetic = decoded["synthetic"].labels
     pairs = {name: each.labels for name, each in decoded.items()}
@@ -47,6 +50,8 @@ def compare_sets(train: PairSet, decoded: dict[str, PairSet], generator: torch.G
     cells = [max(2, size // CELL) for size in train.spatial]
     features = {name: pair_features(labels, train.num_labels, cells) for name, labels in chosen.items()}
     neighbours = min(5, *(len(each) - 1 for each in features.values()))
+    sides_and_heights = [2, *[1] * (train.spatial_dims - 2), 3]
+    sixths = {name: pair_features((labels > 0).byte(), 2, sides_and_heights) for name, labels in chosen.items()}
     quality = partial(precision_recall_density_coverage, features["train"], neighbours=neighbours)
     return {
         "pairs": len(synthetic),
@@ -54,6 +59,7 @@ def compare_sets(train: PairSet, decoded: dict[str, PairSet], generator: torch.G
         "components": compare_components(every_image, synthetic),
         "quality": {name: quality(features[name]) for name in ("synthetic", "validation")}
         | {"images": len(some), "neighbours": neighbours},
+        "sixths": {name: share_in_real_range(sixths["train"], sixths[name]) for name in ("synthetic", "validation")},
         "memorisation": {"pairs": _audit(pairs), "images": _audit(images)},
     }
 
@@ -65,5 +71,9 @@ def _each_image_once(pairs: PairSet) -> list[int]:
 
 
 def _audit(labels: dict[str, torch.Tensor]) -> dict[str, Any]:
-    audit = memorisation_audit(labels["synthetic"], labels["train"], labels["validation"])
+    return audit_as_json(memorisation_audit(labels["synthetic"], labels["train"], labels["validation"]))
+
+
+def audit_as_json(audit: MemorisationAudit) -> dict[str, Any]:
+    """An audit with lists instead of tensors."""
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in audit._asdict().items()}

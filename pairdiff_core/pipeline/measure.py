@@ -21,7 +21,7 @@ from pairdiff_core.data import data_files
 from pairdiff_core.pairs import PairSet, pack_labels
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
-from pairdiff_core.pipeline.stages import StageResults, run_stages
+from pairdiff_core.pipeline.stages import StageResults, motions_for, run_stages, warped_copies
 from pairdiff_core.profiles import Profile, to_json
 from pairdiff_core.registration import evaluate, register, summarise, used_as_start
 from pairdiff_core.storage import (
@@ -37,6 +37,7 @@ from pairdiff_core.training import best_device
 
 SHOWN = {2: 4, 3: 1}  # pairs stored in the file as pictures, by dimensions
 COMPARED, COMPARED_VOXELS = 48, 2**27  # limits for comparing displacements: pairs of each set, their voxels
+CANDIDATES = 3  # training images that are registered to each image of the audit after registration
 BITS_PAIRS = 64  # largest number of pairs whose bits per token are measured
 METRICS, FINISHED = "metrics.json", "finished"  # files of a run folder
 log = logging.getLogger(__name__)
@@ -122,6 +123,9 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
     }
     made_from.append(fingerprint(synthetic.labels))
     measured["synthetic"] = once("synthetic", made_from, describe_synthetic, run, autoencoder, synthetic)
+    measured["synthetic"]["memorisation"]["registered images"] = once(
+        "audit after registration", made_from, audit_after_registration, run, autoencoder, synthetic
+    )
     models = {"vqae": autoencoder, "denoiser": denoiser, **made.networks}
     measured["histories"] = {name: model.history for name, model in models.items()}
     some = run.validation[: SHOWN[run.profile.spatial_dims]]
@@ -185,9 +189,26 @@ def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
     }
     for short, name in (("dice", "dice"), ("hd95", "hd95_mm"), ("tre", "tre_mm"), ("seconds", "seconds_per_pair")):
         summary |= {f"{short}_{quoted}": rows[row][name] for quoted, row in QUOTED.items() if name in rows.get(row, ())}
+    found = measured["synthetic"]
+    lengths, pieces = found["displacements"], found["components"]
+    reconstructed = measured["vqae"]["validation"]
+    summary |= {
+        "motion_ratio": _ratio(lengths, "mean"),
+        "motion_ratio_95": _ratio(lengths, "percentile_95"),
+        "pieces_ratio": _ratio(pieces, "number"),
+        "both_lungs_share": found["sixths"]["synthetic"],
+        "recall": found["quality"]["synthetic"]["recall"],
+        "precision": found["quality"]["synthetic"]["precision"],
+        "audit_closer_percent": 100 * found["memorisation"]["registered images"]["closer"],
+        "pair_overlap_shift": reconstructed["pair_dice_decoded"] - reconstructed["pair_dice_real"],
+    }
     network = "real, motion" if "real, motion" in rows else "synthetic"
     summary["network_used_as_start"] = rows[f"{network} + instance"]["used_as_start"]
     return summary | {name: rows[network][name] for name in ("folding_percent", "inverse_consistency_error", "hd95_mm")}
+
+
+def _ratio(compared: dict[str, dict[str, float]], name: str) -> float | None:
+    return compared["synthetic"][name] / compared["real"][name] if compared["real"][name] else None
 
 
 def _decoded(autoencoder: Trained, pairs: PairSet) -> PairSet:
@@ -231,11 +252,46 @@ def describe_denoiser(run: Run, autoencoder: Trained, denoiser: Trained, pairs: 
 
 
 def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
-    """Compare synthetic with real pairs: :func:`metrics.compare_sets`, and ``displacements`` by the baseline."""
-    at_most = max(2, COMPARED_VOXELS // math.prod(run.train.spatial))
-    number = min(COMPARED, at_most, len(run.train), len(synthetic))
-    some = torch.randperm(len(run.train), generator=run.generator("compare"))[:number].tolist()
-    found = (register(pairs, run.profile).displacement for pairs in (run.train[some], synthetic[:number]))
+    """Compare synthetic with real pairs: :func:`metrics.compare_sets`, and ``displacements`` by the baseline.
+
+    Displacements are compared with those of the warped copies that the denoiser learned from.
+    """
+    number = min(_compared(run), len(synthetic), (run.profile.denoiser.copies - 1) * len(run.train))
+    some = len(run.train) + torch.randperm(number, generator=run.generator("compare"))
+    motions = motions_for(run, run.profile.vqae.augmentation)
+    learned = replace(synthetic[:number], labels=warped_copies(run, some.tolist(), motions))
+    found = (register(pairs, run.profile).displacement for pairs in (learned, synthetic[:number]))
     decoded = {"train": _decoded(autoencoder, run.train), "validation": _decoded(autoencoder, run.validation)}
     compared = metrics.compare_sets(run.train, decoded | {"synthetic": synthetic}, run.generator("quality"))
     return compared | {"displacements": metrics.compare_displacements(*found)}
+
+
+def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
+    """The memorisation audit of single images, after the baseline has registered training images to them.
+
+    A training image that was moved is a copy, too. Only the ``CANDIDATES`` nearest training images are registered.
+    """
+    random, sets = (
+        run.generator("audit"),
+        [synthetic, *(_decoded(autoencoder, each) for each in (run.train, run.validation))],
+    )
+    samples, training, held_out = (pairs.labels.flatten(0, 1).unique(dim=0)[:, None] for pairs in sets)
+    samples, held_out = (
+        each[torch.randperm(len(each), generator=random)[: _compared(run)]] for each in (samples, held_out)
+    )
+
+    def distances(images: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        before = metrics.pair_distances(images, known)
+        after = torch.full_like(before, math.inf)
+        for image, row, candidates in zip(images, after, before.argsort(1)[:, :CANDIDATES], strict=True):
+            pairs = torch.cat([image.expand(len(candidates), *image.shape), known[candidates]], 1)
+            pair_set = PairSet(pairs, synthetic.label_names, synthetic.spacing, ("",) * len(pairs))
+            moved = register(pair_set, run.profile).warp_labels(pairs[:, 1:])
+            row[candidates] = metrics.pair_distances(image[None], moved)[0]
+        return after
+
+    return metrics.audit_as_json(metrics.memorisation_audit(samples, training, held_out, distances))
+
+
+def _compared(run: Run) -> int:
+    return min(COMPARED, max(2, COMPARED_VOXELS // math.prod(run.train.spatial)))

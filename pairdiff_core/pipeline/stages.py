@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from pairdiff_core.data.datasets import LABEL_TABLES
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
 from pairdiff_core.pipeline.run import Run
-from pairdiff_core.profiles import STAGES, to_json, trained_settings
+from pairdiff_core.profiles import STAGES, Augmentation, to_json, trained_settings
 from pairdiff_core.storage import (
     Progress,
     check_config,
@@ -68,46 +68,91 @@ def train_vqae(run: Run) -> Trained:
         return pretrained
     settings, pairs = run.profile.vqae, run.train
     samples = Samples(len(pairs), settings.batch, run.seed_of("vqae"))
-    batches = WarpedPairs(pairs.labels, samples, settings.augmentation)
+    motions = motions_for(run, settings.augmentation)
+    batches = WarpedPairs(pairs.labels, samples, settings.augmentation, motions)
     if settings.patches is not None:
         batches = PatchesOfPairs(batches, settings.patches)
     loss = partial(vqae.training_loss, codes=settings.codes)
-    return load_or_train(run, Training("vqae", {"pairs": fingerprint(pairs.labels)}, loss, batches))
+    inputs = {"pairs": fingerprint(pairs.labels)} | _motions_used(motions)
+    return load_or_train(run, Training("vqae", inputs, loss, batches))
+
+
+def motions_for(run: Run, augmentation: Augmentation) -> Motions | None:
+    """Other people's motions, if an augmentation moves images by them; only data sets of lungs have motions."""
+    return load_motions(run.dataset, run.data, run.seed) if augmentation.motion else None
+
+
+def _motions_used(motions: Motions | None) -> dict[str, Any]:
+    return {} if motions is None else {"motions": fingerprint(motions.displacement)}
 
 
 def encode_training_pairs(run: Run, autoencoder: Trained) -> torch.Tensor:
     """Stage 2: tokens int16 (copies * N, *grid) of the N training pairs; the first N unchanged, then newly warped."""
-    pairs, copies, seed = run.train, run.profile.denoiser.copies, run.seed_of("tokens")
+    return _encode_copies(run, autoencoder, "tokens", lambda pairs: pairs)
 
+
+def encode_fixed_images(run: Run, autoencoder: Trained) -> torch.Tensor:
+    """The same for the fixed images of these pairs, each paired with itself; for a denoiser that is given them."""
+    return _encode_copies(run, autoencoder, "tokens-fixed", fixed_with_itself)
+
+
+def fixed_with_itself(pairs: torch.Tensor) -> torch.Tensor:
+    """Pairs (N, 2, *spatial) whose moving image is the fixed one, too: what is known if only that one is given."""
+    return pairs[:, [0, 0]]
+
+
+def _encode_copies(
+    run: Run, autoencoder: Trained, name: str, chosen: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    pairs, copies = run.train, run.profile.denoiser.copies
+    motions = motions_for(run, run.profile.vqae.augmentation)
     at_once = vqae.pairs_at_once(pairs.spatial)
 
     def encode_copy(copy: int) -> torch.Tensor:
-        parts = []
-        for first in range(0, len(pairs), at_once):
-            labels = pairs.labels[first : first + at_once]
-            if copy:
-                numbers = range(first + copy * len(pairs), first + copy * len(pairs) + len(labels))
-                generators = [generator(seed, "warp", number) for number in numbers]
-                labels = augment(labels, run.profile.vqae.augmentation, generators)
-            parts.append(vqae.encode_pairs(autoencoder.model, labels))
-        return torch.cat(parts)
+        numbers = range(copy * len(pairs), (copy + 1) * len(pairs))
+        parts = (
+            warped_copies(run, numbers[first : first + at_once], motions) for first in range(0, len(numbers), at_once)
+        )
+        return torch.cat([vqae.encode_pairs(autoencoder.model, chosen(labels)) for labels in parts])
 
     inputs = {"pairs": fingerprint(pairs.labels), "autoencoder": autoencoder.fingerprint, "copies": copies}
-    return load_or_make(run, "tokens", inputs, encode_copy, copies)
+    return load_or_make(run, name, inputs | _motions_used(motions), encode_copy, copies)
 
 
-def train_denoiser(run: Run, tokens: torch.Tensor) -> Trained:
-    """Stage 3: the denoiser, on tokens int (N, *grid)."""
+def warped_copies(run: Run, numbers: Sequence[int], motions: Motions | None) -> torch.Tensor:
+    """Training pairs as the denoiser learns them, uint8 (M, 2, *spatial), the first N of all numbers unchanged.
+
+    Args:
+        numbers: of copies: copy c of training pair n of N is number c N + n.
+        motions: from :func:`motions_for`.
+    """
+    labels = run.train.labels[[number % len(run.train) for number in numbers]]
+    new = [index for index, number in enumerate(numbers) if number >= len(run.train)]
+    generators = [generator(run.seed_of("tokens"), "warp", numbers[index]) for index in new]
+    labels[new] = augment(labels[new], run.profile.vqae.augmentation, generators, motions)
+    return labels
+
+
+def train_denoiser(run: Run, tokens: torch.Tensor, given: torch.Tensor | None = None) -> Trained:
+    """Stage 3: the denoiser, on tokens int (N, *grid).
+
+    Args:
+        given: those of the fixed images, from :func:`encode_fixed_images`; needed if the profile's denoiser is given
+            them (``given`` above 0).
+    """
     if pretrained := load_pretrained(run, "denoiser"):
         return pretrained
+    settings, codes = run.profile.denoiser, run.profile.vqae.codes
     sequences = tokens.flatten(1)  # (N, *grid) -> (N, L)
-    samples = Samples(len(sequences), run.profile.denoiser.batch, run.seed_of("denoiser"))
+    fixed = None if given is None else given.flatten(1)
+    samples = Samples(len(sequences), settings.batch, run.seed_of("denoiser"))
 
     def batch(step: int) -> absorbing.Batch:
-        chosen, generators = sequences[samples.chosen(step)], samples.generators(step, "mask")
-        return absorbing.training_batch(chosen, run.profile.vqae.codes, generators)
+        chosen, generators = samples.chosen(step), samples.generators(step, "mask")
+        shown = None if fixed is None else fixed[chosen]
+        return absorbing.training_batch(sequences[chosen], codes, generators, shown, settings.given)
 
-    inputs = {"tokens": fingerprint(tokens)}
+    inputs = {"tokens": fingerprint(tokens)} | ({} if given is None else {"given": fingerprint(given)})
     return load_or_train(run, Training("denoiser", inputs, absorbing.training_loss, batch))
 
 
@@ -122,14 +167,19 @@ def number_of_shards(run: Run) -> int:
     return -(-run.profile.synthesis.pairs // PAIRS_IN_A_SHARD)
 
 
-def sample_pairs(run: Run, denoiser: Trained, shard: int) -> torch.Tensor:
-    """One shard of the synthetic pairs of a run as tokens int16 (at most 8, *grid); no data are needed."""
+def sample_pairs(run: Run, denoiser: Trained, shard: int, given: torch.Tensor | None = None) -> torch.Tensor:
+    """One shard of the synthetic pairs of a run as tokens int16 (at most 8, *grid); no data are needed.
+
+    Args:
+        given: tokens int (1, *grid) of a fixed image paired with itself, whose partners are drawn; None: new pairs.
+    """
     settings, model, device = run.profile.synthesis, denoiser.model, best_device()
     number = min(PAIRS_IN_A_SHARD, settings.pairs - shard * PAIRS_IN_A_SHARD)
     random = generator(run.seed_of("synthesis"), "shard", shard, device=device)
+    predict = model if given is None else partial(model, given=given.flatten(1).long().to(device))
     with new_fabric("synthesis" in run.profile.mixed_precision).autocast():
         tokens = absorbing.sample(
-            model, number, model.length, model.mask_token, random,
+            predict, number, model.length, model.mask_token, random,
             settings.steps, settings.temperature, settings.schedule,
         )  # fmt: skip
     return tokens.unflatten(1, model.grid).to(torch.int16).cpu()  # (N, L) -> (N, *grid)
@@ -169,7 +219,7 @@ def train_registration(
     inputs: dict[str, Any] = {"pairs": fingerprint(pairs.labels), "warped": warped}
     if motions is not None:
         augmentation = settings.breathing or augmentation
-        inputs |= {"motions": fingerprint(motions.displacement), "augmentation": to_json(augmentation)}
+        inputs |= _motions_used(motions) | {"augmentation": to_json(augmentation)}
     batches = WarpedPairs(pairs.labels, samples, augmentation, motions)
     return load_or_train(run, Training(f"registration-{name}", inputs, loss, batches))
 
@@ -195,7 +245,8 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
     denoiser = load_pretrained(run, "denoiser") if number >= 2 else None
     tokens = encode_training_pairs(run, autoencoder) if number >= 1 and not denoiser else None
     if number >= 2 and not denoiser:
-        denoiser = train_denoiser(run, tokens)
+        given = encode_fixed_images(run, autoencoder) if run.profile.denoiser.given else None
+        denoiser = train_denoiser(run, tokens, given)
     synthetic, networks = None, {}
     if number >= 3:
         synthetic = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser))
