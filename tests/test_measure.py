@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pairdiff_core import pipeline, registration, vqae
+from pairdiff_core.augmentation import augment
 from pairdiff_core.profiles import Level
 from pairdiff_core.registration import register
 from pairdiff_core.storage import write_json
@@ -23,6 +24,11 @@ def test_the_summary_comes_from_the_tables(measured):
     assert summary["vqae_dice"] == measured["vqae"]["validation"]["dice"]
     assert summary["bits_per_token"] == measured["denoiser"]["validation"]["bits_per_token"]
     assert summary["dice_network_synthetic"] == row["synthetic"]["dice"]
+    found = measured["synthetic"]
+    lengths = found["displacements"]
+    assert summary["motion_ratio"] == pytest.approx(lengths["synthetic"]["mean"] / lengths["real"]["mean"])
+    assert summary["audit_closer_percent"] == 100 * found["memorisation"]["registered images"]["closer"]
+    assert summary["both_lungs_share"] == found["sixths"]["synthetic"] != found["sixths"]["validation"]
     assert summary["tre_before"] == row["before"]["tre_mm"]
     assert summary["hd95_network_random_warps"] == row["real, warped"]["hd95_mm"]
     assert summary["seconds_network_synthetic_instance"] == row["synthetic + instance"]["seconds_per_pair"]
@@ -64,6 +70,17 @@ def test_quality_compares_different_images_and_equal_numbers(trained, measured):
     seen = vqae.decode_labels(made.autoencoder.model, vqae.encode_pairs(made.autoencoder.model, run.train.labels))
     copies = pipeline.describe_synthetic(run, made.autoencoder, replace(run.train, labels=seen))["quality"]
     assert copies["synthetic"]["precision"] == 1.0 >= quality["synthetic"]["precision"]
+
+
+def test_a_moved_training_image_is_a_copy(trained):
+    """After registration it is nearer to its source than unseen images are to any."""
+    run, made = trained
+    generators = [run.generator(f"moved {number}") for number in range(len(run.train))]
+    moved = augment(run.train.labels, replace(run.profile.vqae.augmentation, affine=0.02), generators)
+    copies = replace(run.train, labels=vqae.decode_labels(made.autoencoder.model, made.tokens[: len(run.train)]))
+    for pairs, least in ((copies, 0.9), (replace(run.train, labels=moved), 0.0)):
+        audit = pipeline.audit_after_registration(run, made.autoencoder, pairs)
+        assert audit["closer"] >= least and len(audit["distances"]) == len(audit["nearest"]), audit
 
 
 def test_what_was_measured_can_be_written_and_is_kept(trained, measured, tmp_path):

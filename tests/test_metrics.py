@@ -389,6 +389,13 @@ def test_two_empty_pairs_are_equal() -> None:
     assert metrics.pair_distances(empty, empty).item() == 0.0
 
 
+def test_features_of_the_same_kind_are_in_the_real_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, other = (torch.randn(2000, 3, generator=generator) for _ in range(2))
+    assert metrics.share_in_real_range(real, other) == pytest.approx(0.9, abs=0.02)
+    assert metrics.share_in_real_range(real, other + torch.tensor([9.0, 0, 0])) == pytest.approx(0.6, abs=0.02)
+
+
 @DIMS
 def test_memorisation_audit_finds_copies(dims: int) -> None:
     training, held_out, fresh = blobs(12, dims, 0), blobs(20, dims, 1), blobs(10, dims, 2)

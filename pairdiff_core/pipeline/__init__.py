@@ -1,6 +1,7 @@
 """The method as a pipeline: a run, its models, its five stages, and measuring it."""
 
 from .measure import (
+    audit_after_registration,
     describe_denoiser,
     describe_synthetic,
     describe_vqae,
@@ -26,7 +27,9 @@ from .stages import (
     StageResults,
     Training,
     decode_pairs,
+    encode_fixed_images,
     encode_training_pairs,
+    fixed_with_itself,
     load_or_make,
     load_or_train,
     number_of_shards,

@@ -18,10 +18,19 @@ import torch
 
 from pairdiff_core import absorbing, metrics, vqae
 from pairdiff_core.data import data_files
+from pairdiff_core.data.breathing import box_of_vessels, laid, load_motions
 from pairdiff_core.pairs import PairSet, pack_labels
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
-from pairdiff_core.pipeline.stages import StageResults, motions_for, run_stages, warped_copies
+from pairdiff_core.pipeline.stages import (
+    StageResults,
+    decode_pairs,
+    fixed_with_itself,
+    motions_for,
+    run_stages,
+    sample_pairs,
+    warped_copies,
+)
 from pairdiff_core.profiles import Profile, to_json
 from pairdiff_core.registration import evaluate, register, summarise, used_as_start
 from pairdiff_core.storage import (
@@ -37,6 +46,7 @@ from pairdiff_core.training import best_device
 
 SHOWN = {2: 4, 3: 1}  # pairs stored in the file as pictures, by dimensions
 COMPARED, COMPARED_VOXELS = 48, 2**27  # limits for comparing displacements: pairs of each set, their voxels
+PARTNERS = 6  # moving images that are drawn for one fixed image
 CANDIDATES = 3  # training images that are registered to each image of the audit after registration
 BITS_PAIRS = 64  # largest number of pairs whose bits per token are measured
 METRICS, FINISHED = "metrics.json", "finished"  # files of a run folder
@@ -83,7 +93,8 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
 
     Returns:
         ``summary`` (the numbers that the text quotes), ``registration`` (one row per method), ``vqae``, ``denoiser``,
-        ``synthetic``, ``histories``, ``pictures``, ``stages`` (seconds and machine of each), ``provenance``.
+        ``synthetic``, ``partners`` (if the denoiser may be given fixed images), ``histories``, ``pictures``,
+        ``stages`` (seconds and machine of each), ``provenance``.
     """
     made = made or run_stages(run)
     autoencoder, denoiser, synthetic = made.autoencoder, made.denoiser, made.synthetic
@@ -126,10 +137,16 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
     measured["synthetic"]["memorisation"]["registered images"] = once(
         "audit after registration", made_from, audit_after_registration, run, autoencoder, synthetic
     )
+    partners = None
+    if denoiser.model.given is not None:
+        partners = _partners(run, autoencoder, denoiser, run.validation[:1], PARTNERS)
+        measured["partners"] = once("partners", made_from, describe_partners, run, partners)
     models = {"vqae": autoencoder, "denoiser": denoiser, **made.networks}
     measured["histories"] = {name: model.history for name, model in models.items()}
     some = run.validation[: SHOWN[run.profile.spatial_dims]]
     pictures = {"synthetic": synthetic[: len(some)], "reconstructed": _decoded(autoencoder, some), "validation": some}
+    if partners is not None:
+        pictures["partners"] = partners
     measured["pictures"] = {name: pack_labels(pairs.labels) for name, pairs in pictures.items()}
     measured["stages"] = {path.stem: _made_by(path) for path in sorted(run.path.glob("*.safetensors"))}
     made_by = provenance(run.profile.name, run.seed, best_device(), data) | {"dataset": run.dataset}
@@ -286,11 +303,41 @@ def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet)
         for image, row, candidates in zip(images, after, before.argsort(1)[:, :CANDIDATES], strict=True):
             pairs = torch.cat([image.expand(len(candidates), *image.shape), known[candidates]], 1)
             pair_set = PairSet(pairs, synthetic.label_names, synthetic.spacing, ("",) * len(pairs))
-            moved = register(pair_set, run.profile).warp_labels(pairs[:, 1:])
-            row[candidates] = metrics.pair_distances(image[None], moved)[0]
+            moved = register(pair_set, run.profile).warp_labels(pairs[:, 1])
+            row[candidates] = metrics.pair_distances(image[None], moved[:, None])[0]
         return after
 
     return metrics.audit_as_json(metrics.memorisation_audit(samples, training, held_out, distances))
+
+
+def _partners(run: Run, autoencoder: Trained, denoiser: Trained, pair: PairSet, number: int) -> PairSet:
+    """The fixed image of one pair with ``number`` drawn moving images."""
+    work = replace(run, profile=replace(run.profile, synthesis=replace(run.profile.synthesis, pairs=number)))
+    known = vqae.encode_pairs(autoencoder.model, fixed_with_itself(pair.labels))
+    drawn = decode_pairs(run, autoencoder, sample_pairs(work, denoiser, 0, known))
+    return replace(drawn, labels=torch.stack([pair.fixed.expand_as(drawn.fixed), drawn.moving], 1))
+
+
+def describe_partners(run: Run, partners: PairSet) -> dict[str, Any]:
+    """How far moving images that were drawn for one fixed image move, beside other people's motions in the same lung.
+
+    Returns:
+        ``drawn_mm`` and ``motions_mm``: for each partner and for each motion, the mean length of the displacement at
+        the vessels of the fixed image in mm; ``dice``, of fixed and moving image, before and after registration.
+    """
+    vessels, mm = partners.fixed[0] > 0, partners.spacing[0]
+    found = register(partners, run.profile)
+    motions, box = load_motions(run.dataset, run.data, run.seed), box_of_vessels(partners.fixed[0])
+    lengths = [laid(motion, box, partners.spatial).norm(dim=0)[vessels].mean() for motion in motions.displacement]
+    images = {"before": partners.moving, "after": found.warp_labels(partners.moving)}
+    return {
+        "drawn_mm": (mm * found.displacement.norm(dim=1)[:, vessels].mean(1)).tolist(),
+        "motions_mm": [mm * float(length) for length in lengths],
+        "dice": {
+            name: metrics.mean_dice(partners.fixed, moving, partners.num_labels).tolist()
+            for name, moving in images.items()
+        },
+    }
 
 
 def _compared(run: Run) -> int:
