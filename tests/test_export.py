@@ -13,7 +13,7 @@ import SimpleITK as sitk
 import torch
 from small_run import small_run, small_run_3d
 
-from pairdiff_cli.export import export_pairs
+from pairdiff_cli.export import export_pairs, make_pairs, read_given
 from pairdiff_core import pipeline, vqae
 from pairdiff_core.data import datasets, grid_affine
 from pairdiff_core.errors import CheckpointError, DataError
@@ -110,4 +110,60 @@ def test_tokens_of_another_autoencoder_are_refused(finished, tmp_path):
     pipeline.load_or_make(run, "synthesis", {"autoencoder": "another"}, lambda shard: torch.zeros(1, 6, 10), 1)
     with pytest.raises(CheckpointError, match="synthesis.safetensors was made with a different autoencoder"):
         export_pairs(run.path, tmp_path / "pairs")
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.fixture(scope="module")
+def lungs(tmp_path_factory):
+    """A run on phantom lungs whose denoiser may be given fixed images, and one of them as a file."""
+    run = small_run_3d(tmp_path_factory.mktemp("lungs") / "run")
+    pipeline.run_stages(run, "denoiser")
+    labels, affine = run.validation.fixed[0].numpy(), grid_affine(run.dataset, run.profile.spatial)
+    path = run.path.parent / "fixed.nii.gz"
+    nib.save(nib.Nifti1Image(labels, affine), path)
+    return run, path, labels, affine
+
+
+def opened(folder, pair, image):
+    return nib.load(folder / "imagesTr" / f"PairDiff-phantom3d_{pair:04d}_{image:04d}.nii.gz")
+
+
+def test_partners_are_drawn_for_a_given_fixed_image(lungs, tmp_path):
+    run, path, labels, affine = lungs
+    assert make_pairs(run.path, tmp_path / "partners", 3, given=path) == 3
+    moving = []
+    for pair in (1, 2, 3):
+        fixed, drawn = (opened(tmp_path / "partners", pair, image) for image in (0, 1))
+        assert np.array_equal(np.asarray(fixed.dataobj), labels)
+        np.testing.assert_allclose(fixed.affine, affine, atol=1e-4)
+        np.testing.assert_allclose(drawn.affine, affine, atol=1e-4)
+        moving.append(np.asarray(drawn.dataobj))
+    assert not np.array_equal(moving[0], moving[1]), "each partner is drawn anew"
+    make_pairs(run.path, tmp_path / "free", 3)
+    assert not np.array_equal(np.asarray(opened(tmp_path / "free", 1, 1).dataobj), moving[0]), "what is given counts"
+
+
+def test_a_given_image_on_another_grid_is_resampled(lungs, tmp_path):
+    run, _, labels, affine = lungs
+    fine = affine @ np.diag([0.5, 0.5, 0.5, 1])
+    fine[:3, 3] = affine[:3, 3] - affine[:3, :3] @ np.full(3, 0.25)
+    other = nib.Nifti1Image(labels.repeat(2, 0).repeat(2, 1).repeat(2, 2)[::-1], fine @ nib.affines.from_matvec(
+        np.diag([-1, 1, 1]), [2 * labels.shape[0] - 1, 0, 0]
+    ))  # half the voxel size, and the first axis the other way round  # fmt: skip
+    nib.save(other, tmp_path / "other.nii.gz")
+    given = read_given(tmp_path / "other.nii.gz", run)
+    assert np.mean(given.labels.numpy() != labels) < 0.01 and given.labels.any()
+    np.testing.assert_allclose(given.affine[:3, :3], affine[:3, :3], atol=1e-4)
+    assert np.abs(given.affine[:3, 3] - affine[:3, 3]).max() <= 2, "within half a voxel"
+
+
+def test_given_images_that_do_not_fit_are_refused(lungs, tmp_path):
+    run, path, labels, affine = lungs
+    nib.save(nib.Nifti1Image(np.zeros_like(labels), affine), tmp_path / "empty.nii.gz")
+    with pytest.raises(DataError, match=r"empty\.nii\.gz"):
+        make_pairs(run.path, tmp_path / "pairs", 1, given=tmp_path / "empty.nii.gz")
+    slices = small_run(tmp_path / "slices")
+    pipeline.run_stages(slices, "denoiser")
+    with pytest.raises(CheckpointError, match="trained without fixed images"):
+        make_pairs(slices.path, tmp_path / "pairs", 1, given=path)
     assert not (tmp_path / "pairs").exists()
