@@ -68,6 +68,8 @@ class Denoiser(nn.Module):
         if coarser > 1:
             convolution, transposed = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[len(grid) - 2]
             self.down, self.up = convolution(fine, width, coarser, coarser), transposed(width, fine, coarser, coarser)
+            nn.init.zeros_(self.up.weight)  # start without it, as the residual blocks do
+            nn.init.zeros_(self.up.bias)
             self.coarse_position = nn.Parameter(position_code(coarse, width) / 2)
             self.after, self.norm = _residual_blocks(len(grid), fine, settings.convolutions), nn.LayerNorm(fine)
         self.head = nn.Linear(fine, codes, bias=False)

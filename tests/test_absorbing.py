@@ -220,6 +220,7 @@ def test_only_a_denoiser_that_was_trained_with_fixed_images_is_given_one():
 def test_a_coarser_transformer_sees_the_whole_grid(grid):
     """Also where the sides of the grid are not multiples of two."""
     model, length = small_denoiser(grid, coarser=2), math.prod(grid)
+    torch.nn.init.normal_(model.up.weight)  # which starts at zero
     tokens = torch.zeros(1, length, dtype=torch.long)
     changed = tokens.index_fill(1, torch.tensor([length - 1]), 1)
     logits = model(tokens)
