@@ -25,54 +25,43 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 (N, L), some ma
 
 
 class Denoiser(nn.Module):
-    """A network that predicts each token from those that are not masked: convolutions, then a transformer encoder.
+    """A transformer encoder that predicts each token from those that are not masked.
 
     It has learned positions and no time input. The published sizes (K = 1024, 16 x 13 x 16 tokens, 12 layers, width
-    512, 16 heads, feed-forward 1024, nothing else) give 28.0 M parameters. Positions are initialised by
-    :func:`position_code` instead of noise, which shows from the start which tokens are neighbours.
-
-    Attention costs the square of the number of tokens. With ``coarser`` above 1, the transformer therefore sees a grid
-    that is this many times coarser: a convolution merges tokens, another one adds the result to what it was made from,
-    and more residual blocks follow. As in a U-Net, the finer grid has fewer channels, ``width / coarser``.
+    512, 16 heads, feed-forward 1024) give 28.0 M parameters. Positions are initialised by :func:`position_code` instead
+    of noise, which shows from the start which tokens are neighbours.
 
     Args:
         settings: layers (0 for none), width, heads and feed-forward of the transformer (Vaswani et al., "Attention Is
             All You Need", NeurIPS 2017), with normalisation before each of its two blocks; and the number of residual
-            blocks of two convolutions over the grid that come before it, and again after a coarser one. A transformer
-            has to learn what neighbours mean at each position separately; a convolution learns it for all at once.
+            blocks of two convolutions over the grid that come before it. A transformer has to learn what neighbours
+            mean at each position separately; a convolution learns it for all positions at once.
         codes: K; token K is MASK.
         grid: of the tokens of a pair; L is the product of its sizes.
-
-    Raises:
-        ValueError: if the width is not a multiple of ``coarser``.
     """
 
     def __init__(self, settings: DenoiserSettings, codes: int, grid: Sequence[int]) -> None:
         super().__init__()
-        width, coarser = settings.width, settings.coarser
-        if width % coarser:
-            raise ValueError(f"the width {width} is not a multiple of {coarser}, by which the grid is made coarser")
-        fine, coarse = width // coarser, [-(-size // coarser) for size in grid]
+        width = settings.width
         self.codes, self.grid, self.length = codes, tuple(grid), math.prod(grid)
-        self.token = nn.Embedding(codes + 1, fine)
-        self.position = nn.Parameter(position_code(grid, fine) / 2)
-        self.given = nn.Embedding(codes + 1, fine, padding_idx=codes) if settings.given else None
-        self.convolutions = _residual_blocks(len(grid), fine, settings.convolutions)
+        self.token = nn.Embedding(codes + 1, width)
+        self.position = nn.Parameter(position_code(grid, width) / 2)
+        self.given = nn.Embedding(codes + 1, width, padding_idx=codes) if settings.given else None
+        from monai.networks.blocks.segresnet_block import ResBlock  # here, because importing it takes seconds
+
+        norm = ("group", {"num_groups": 8})
+        self.convolutions = nn.Sequential(
+            *(ResBlock(len(grid), width, norm, act="gelu") for _ in range(settings.convolutions))
+        )
+        for block in self.convolutions:  # start as the identity
+            nn.init.zeros_(block.conv2.conv.weight)
         layer = nn.TransformerEncoderLayer(
             width, settings.heads, settings.feed_forward, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.blocks: nn.Module = nn.LayerNorm(width)
         if settings.layers:
             self.blocks = nn.TransformerEncoder(layer, settings.layers, self.blocks, enable_nested_tensor=False)
-        self.coarse_position = None
-        if coarser > 1:
-            convolution, transposed = ((nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[len(grid) - 2]
-            self.down, self.up = convolution(fine, width, coarser, coarser), transposed(width, fine, coarser, coarser)
-            nn.init.zeros_(self.up.weight)  # start without it, as the residual blocks do
-            nn.init.zeros_(self.up.bias)
-            self.coarse_position = nn.Parameter(position_code(coarse, width) / 2)
-            self.after, self.norm = _residual_blocks(len(grid), fine, settings.convolutions), nn.LayerNorm(fine)
-        self.head = nn.Linear(fine, codes, bias=False)
+        self.head = nn.Linear(width, codes, bias=False)
         nn.init.normal_(self.token.weight, std=0.3)  # about as strong as the positions
         if self.given is not None:
             nn.init.zeros_(self.given.weight)
@@ -90,37 +79,16 @@ class Denoiser(nn.Module):
         """
         if tokens.shape[1] != self.length:
             raise ValueError(f"a grid of {self.grid} has {self.length} tokens, got {tokens.shape[1]}")
-        hidden = self.token(tokens) + self.position  # (N, L, fine)
+        hidden = self.token(tokens) + self.position  # (N, L, width)
         if given is not None:
             if self.given is None:
                 raise ValueError("this denoiser was trained without fixed images: it cannot be given one")
             hidden = hidden + self.given(given)
-        image = hidden.movedim(1, 2).unflatten(2, self.grid)  # (N, L, fine) -> (N, fine, *grid)
-        image = self.convolutions(image)
+        if len(self.convolutions):
+            image = hidden.movedim(1, 2).unflatten(2, self.grid)  # (N, L, width) -> (N, width, *grid)
+            hidden = self.convolutions(image).flatten(2).movedim(1, 2)
         with no_fast_path():
-            if self.coarse_position is None:
-                return self.head(self.blocks(_as_sequence(image)))
-            short = [-size % self.down.stride[0] for size in reversed(self.grid)]  # F.pad takes the last axis first
-            merged = self.down(F.pad(image, [pad for each in short for pad in (0, each)]))  # (N, width, *coarse)
-            seen = self.blocks(_as_sequence(merged) + self.coarse_position)
-        found = self.up(seen.movedim(1, 2).unflatten(2, merged.shape[2:]))
-        image = self.after(image + found[(..., *map(slice, self.grid))])
-        return self.head(self.norm(_as_sequence(image)))
-
-
-def _as_sequence(image: torch.Tensor) -> torch.Tensor:
-    return image.flatten(2).movedim(1, 2)  # (N, W, *grid) -> (N, L, W)
-
-
-def _residual_blocks(dims: int, width: int, number: int) -> nn.Sequential:
-    """Residual blocks of two convolutions each, which start as the identity."""
-    from monai.networks.blocks.segresnet_block import ResBlock  # here, because importing it takes seconds
-
-    norm = ("group", {"num_groups": 8})
-    blocks = nn.Sequential(*(ResBlock(dims, width, norm, act="gelu") for _ in range(number)))
-    for block in blocks:
-        nn.init.zeros_(block.conv2.conv.weight)
-    return blocks
+            return self.head(self.blocks(hidden))
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def clueless(tokens):
 
 def small_denoiser(grid, **sizes):
     torch.manual_seed(0)
-    few = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16, "convolutions": 0, "coarser": 1, "given": 0.0}
+    few = {"layers": 1, "width": 16, "heads": 2, "feed_forward": 16, "convolutions": 0, "given": 0.0}
     return absorbing.Denoiser(replace(get_profile("quick").denoiser, **few | sizes), CODES, grid).eval()
 
 
@@ -183,12 +183,9 @@ def test_positions_that_are_near_have_codes_that_are_near(grid, width):
     assert distance[steps == 1].mean() < distance[steps == 2].mean() < distance[steps > 3].mean()
 
 
-@pytest.mark.parametrize("coarser", [1, 2])
-def test_the_denoiser_learns_a_toy_joint(joint, sequences, coarser):
+def test_the_denoiser_learns_a_toy_joint(joint, sequences):
     """After training on samples of the toy problem, the bound is close to the entropy; what is given lowers it."""
-    denoiser = small_denoiser(
-        (2, 2), layers=2, width=32, feed_forward=64, given=0.5, convolutions=int(coarser == 2), coarser=coarser
-    ).train()
+    denoiser = small_denoiser((LENGTH,), layers=2, width=32, feed_forward=64, given=0.5).train()
     adam, generator = torch.optim.Adam(denoiser.parameters(), 3e-3), seeded()
     for _ in range(400):
         tokens = sequences[torch.multinomial(joint, 256, replacement=True, generator=generator)]
@@ -214,20 +211,6 @@ def test_only_a_denoiser_that_was_trained_with_fixed_images_is_given_one():
     tokens = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="trained without fixed images"):
         small_denoiser((2, 2))(tokens, given=tokens)
-
-
-@pytest.mark.parametrize("grid", [(4, 6), (5, 3), (3, 4, 5)])
-def test_a_coarser_transformer_sees_the_whole_grid(grid):
-    """Also where the sides of the grid are not multiples of two."""
-    model, length = small_denoiser(grid, coarser=2), math.prod(grid)
-    torch.nn.init.normal_(model.up.weight)  # which starts at zero
-    tokens = torch.zeros(1, length, dtype=torch.long)
-    changed = tokens.index_fill(1, torch.tensor([length - 1]), 1)
-    logits = model(tokens)
-    assert logits.shape == (1, length, CODES)
-    assert (model(changed) != logits).any(-1).all()
-    with pytest.raises(ValueError, match="width 16 is not a multiple of 3"):
-        small_denoiser(grid, coarser=3)
 
 
 def test_each_training_sequence_is_masked_by_its_own_generator():
