@@ -32,6 +32,7 @@ from .stages import (
     fixed_with_itself,
     load_or_make,
     load_or_train,
+    motions_for,
     number_of_shards,
     run_stages,
     sample_pairs,
