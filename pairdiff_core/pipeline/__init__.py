@@ -1,15 +1,7 @@
 """The method as a pipeline: a run, its models, its five stages, and measuring it."""
 
-from .measure import (
-    audit_after_registration,
-    describe_denoiser,
-    describe_synthetic,
-    describe_vqae,
-    keep_measured,
-    measure,
-    methods,
-    read_measured,
-)
+from .describe import audit_after_registration, describe_denoiser, describe_synthetic, describe_vqae
+from .measure import keep_measured, measure, methods, read_measured
 from .models import (
     Trained,
     chosen_model,

@@ -231,7 +231,7 @@ class StageResults(NamedTuple):
     tokens: torch.Tensor | None  # not needed, and not made, before a pretrained denoiser
     denoiser: Trained | None
     synthetic: PairSet | None
-    networks: dict[str, Trained]  # by training pairs: "real" or "synthetic", each also warped, and real with motions
+    networks: dict[str, Trained]  # by training pairs: "real" or "synthetic", each also warped or with motions
 
 
 def run_stages(run: Run, last: str = "registration") -> StageResults:
@@ -251,13 +251,15 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
     if number >= 3:
         synthetic = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser))
     if number >= 4:
+        motions = load_motions(run.dataset, run.data, run.seed) if run.profile.spatial_dims == 3 else None
         for name, pairs in {"real": run.train, "synthetic": synthetic}.items():
             networks[name] = train_registration(run, pairs, name)
-            networks[f"{name}, warped"] = train_registration(run, pairs, f"{name}-warped", warped=True)
-        if run.profile.spatial_dims == 3:
-            networks["real, motion"] = train_registration(
-                run, run.train, "real-motion", warped=True, motions=load_motions(run.dataset, run.data, run.seed)
-            )
+            if name == "real" or motions is None:
+                networks[f"{name}, warped"] = train_registration(run, pairs, f"{name}-warped", warped=True)
+            if motions is not None:
+                networks[f"{name}, motion"] = train_registration(
+                    run, pairs, f"{name}-motion", warped=True, motions=motions
+                )
     return StageResults(autoencoder, tokens, denoiser, synthetic, networks)
 
 

@@ -1,0 +1,168 @@
+"""What is measured of one stage: the autoencoder, the denoiser, synthetic pairs, and partners of a given image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pairdiff_core import absorbing, metrics, vqae
+from pairdiff_core.data.breathing import box_of_vessels, laid, load_motions
+from pairdiff_core.pairs import PairSet, pack_labels
+from pairdiff_core.pipeline.models import Trained
+from pairdiff_core.pipeline.run import Run
+from pairdiff_core.pipeline.stages import decode_pairs, fixed_with_itself, motions_for, sample_pairs, warped_copies
+from pairdiff_core.registration import register
+from pairdiff_core.training import best_device
+
+COMPARED, COMPARED_VOXELS = 48, 2**27  # limits for comparing displacements: pairs of each set, their voxels
+GALLERY = 24  # synthetic images that are stored as pictures
+PARTNERS = 6  # moving images that are drawn for one fixed image
+CANDIDATES = 3  # training images that are registered to each image of the audit after registration
+BITS_PAIRS = 64  # largest number of pairs whose bits per token are measured
+
+
+def decoded_by(autoencoder: Trained, pairs: PairSet) -> PairSet:
+    """The pairs as reconstructed by the autoencoder."""
+    return replace(
+        pairs, labels=vqae.decode_labels(autoencoder.model, vqae.encode_pairs(autoencoder.model, pairs.labels))
+    )
+
+
+def describe_vqae(run: Run, autoencoder: Trained, pairs: PairSet) -> dict[str, Any]:
+    """Reconstruction (``dice``, ``dice_per_structure``) and codebook health (``codes_used``, ``perplexity``) on pairs.
+
+    ``pair_dice_real`` and ``pair_dice_decoded`` are the overlap of fixed and moving before and after reconstruction. It
+    increases if the autoencoder encodes the average of both images.
+    """
+    tokens = vqae.encode_pairs(autoencoder.model, pairs.labels)
+    decoded = vqae.decode_labels(autoencoder.model, tokens)
+    dice = metrics.dice(decoded.flatten(0, 1), pairs.labels.flatten(0, 1), pairs.num_labels)
+    use = metrics.codebook_use(tokens, run.profile.vqae.codes)
+    structures = map(metrics.mean_over_pairs, dice.unbind(1))
+    described = {
+        "dice": metrics.mean_over_pairs(dice.nanmean(1)),
+        "dice_per_structure": dict(zip(pairs.label_names[1:], structures, strict=True)),
+        "codes_used": use.used,
+        "perplexity": use.perplexity,
+    }
+    for name, labels in {"real": pairs.labels, "decoded": decoded}.items():
+        overlap = metrics.mean_dice(labels[:, 0], labels[:, 1], pairs.num_labels)
+        described[f"pair_dice_{name}"] = metrics.mean_over_pairs(overlap)
+    return described
+
+
+def describe_denoiser(run: Run, autoencoder: Trained, denoiser: Trained, pairs: PairSet) -> dict[str, float]:
+    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error."""
+    device = best_device()
+    tokens = vqae.encode_pairs(autoencoder.model, pairs.labels[:: -(-len(pairs) // BITS_PAIRS)])
+    sequences = tokens.flatten(1).long().to(device)  # (N, *grid) -> (N, L)
+    generator = run.generator("bits per token", device)
+    bits = absorbing.bits_per_token(denoiser.model, sequences, denoiser.model.mask_token, generator)
+    return {"bits_per_token": float(bits.mean()), "standard_error": float(bits.std() / len(bits) ** 0.5)}
+
+
+def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
+    """Compare synthetic with real pairs: :func:`metrics.compare_sets`, and ``displacements`` by the baseline.
+
+    Displacements are compared with those of the warped copies that the denoiser learned from.
+    """
+    number = min(_compared(run), len(synthetic), (run.profile.denoiser.copies - 1) * len(run.train))
+    some = len(run.train) + torch.randperm(number, generator=run.generator("compare"))
+    motions = motions_for(run, run.profile.vqae.augmentation)
+    learned = replace(synthetic[:number], labels=warped_copies(run, some.tolist(), motions))
+    found = (register(pairs, run.profile).displacement for pairs in (learned, synthetic[:number]))
+    decoded = {"train": decoded_by(autoencoder, run.train), "validation": decoded_by(autoencoder, run.validation)}
+    compared = metrics.compare_sets(run.train, decoded | {"synthetic": synthetic}, run.generator("quality"))
+    return compared | {"displacements": metrics.compare_displacements(*found)}
+
+
+def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
+    """The memorisation audit of single images, after the baseline has registered training images to them.
+
+    A training image that was moved is a copy, too. Only the ``CANDIDATES`` nearest training images are registered.
+    """
+    random, sets = (
+        run.generator("audit"),
+        [synthetic, *(decoded_by(autoencoder, each) for each in (run.train, run.validation))],
+    )
+    samples, training, held_out = (pairs.labels.flatten(0, 1).unique(dim=0)[:, None] for pairs in sets)
+    samples, held_out = (
+        each[torch.randperm(len(each), generator=random)[: _compared(run)]] for each in (samples, held_out)
+    )
+
+    def distances(images: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        before = metrics.pair_distances(images, known)
+        after = torch.full_like(before, math.inf)
+        for image, row, candidates in zip(images, after, before.argsort(1)[:, :CANDIDATES], strict=True):
+            pairs = torch.cat([image.expand(len(candidates), *image.shape), known[candidates]], 1)
+            pair_set = PairSet(pairs, synthetic.label_names, synthetic.spacing, ("",) * len(pairs))
+            moved = register(pair_set, run.profile).warp_labels(pairs[:, 1])
+            row[candidates] = metrics.pair_distances(image[None], moved[:, None])[0]
+        return after
+
+    return metrics.audit_as_json(metrics.memorisation_audit(samples, training, held_out, distances))
+
+
+def gallery(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
+    """The first ``GALLERY`` synthetic fixed images, unselected, with as many real ones and the nearest training images.
+
+    All have been through the autoencoder. Slices are label maps (N, H, W). Volumes are seen from the front, as depth
+    maps (N, H, D): the number of voxels to the first one of a structure, counted from 1; 0 where there is none.
+
+    Returns:
+        ``synthetic``, ``nearest`` and ``real``, images of unseen people, packed by :func:`pack_labels`; and
+        ``distances`` to the nearest training images, as in :func:`metrics.pair_distances`.
+    """
+    real, training = (decoded_by(autoencoder, pairs).labels.flatten(0, 1) for pairs in (run.validation, run.train))
+    real, training = (images.unique(dim=0) for images in (real, training))
+    real = real[torch.randperm(len(real), generator=run.generator("gallery"))[:GALLERY]]
+    drawn = synthetic.fixed[:GALLERY]
+    distances, nearest = metrics.pair_distances(drawn[:, None], training[:, None]).min(1)
+    images = {"synthetic": drawn, "nearest": training[nearest], "real": real}
+    return {name: pack_labels(_from_the_front(labels)) for name, labels in images.items()} | {
+        "distances": distances.tolist()
+    }
+
+
+def _from_the_front(labels: torch.Tensor) -> torch.Tensor:
+    if labels.dim() == 3:
+        return labels
+    there = labels > 0  # (N, H, W, D), seen along W
+    depth = there.byte().argmax(2) + 1  # of the first one
+    return (depth * there.any(2)).byte()
+
+
+def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict[str, Any]:
+    """How far moving images that were drawn for one real fixed image move, beside other people's motions in that lung.
+
+    Returns:
+        ``drawn_mm`` and ``motions_mm``: for each of the ``PARTNERS`` and for each motion, the mean length of the
+        displacement at the vessels of the fixed image, in mm; ``dice``, of fixed and moving image, ``before`` and
+        ``after`` registration; ``picture``, the pairs (N, 2, H, W, D), packed by :func:`pack_labels`.
+    """
+    pair, synthesis = run.validation[:1], replace(run.profile.synthesis, pairs=PARTNERS)
+    known = vqae.encode_pairs(autoencoder.model, fixed_with_itself(pair.labels))
+    drawn = sample_pairs(replace(run, profile=replace(run.profile, synthesis=synthesis)), denoiser, 0, known)
+    partners = decode_pairs(run, autoencoder, drawn)
+    partners.labels[:, 0] = pair.fixed
+    vessels, mm = partners.fixed[0] > 0, partners.spacing[0]
+    found = register(partners, run.profile)
+    motions, box = load_motions(run.dataset, run.data, run.seed), box_of_vessels(partners.fixed[0])
+    lengths = [laid(motion, box, partners.spatial).norm(dim=0)[vessels].mean() for motion in motions.displacement]
+    images = {"before": partners.moving, "after": found.warp_labels(partners.moving)}
+    return {
+        "drawn_mm": (mm * found.displacement.norm(dim=1)[:, vessels].mean(1)).tolist(),
+        "motions_mm": [mm * float(length) for length in lengths],
+        "dice": {
+            name: metrics.mean_dice(partners.fixed, moving, partners.num_labels).tolist()
+            for name, moving in images.items()
+        },
+        "picture": pack_labels(partners.labels),
+    }
+
+
+def _compared(run: Run) -> int:
+    return min(COMPARED, max(2, COMPARED_VOXELS // math.prod(run.train.spatial)))
