@@ -9,4 +9,12 @@ from .animations import player, slices_animation, slices_widget, unmasking_anima
 from .curves import area_figure, codebook_figure, dice_figure, error_curves_figure, memorisation_figure, training_curve
 from .slices import pair_figure, pairs_figure, registration_figure, show_grid, show_labels, show_overlap, show_tokens
 from .style import FIXED, GREEN, GREY, LINES, METHODS, MOVING, VERMILION, closed_figure, structure_of, use_style
-from .volumes import displacement_figure, landmark_figure, projections_figure, show_projection, volume_pair_figure
+from .volumes import (
+    displacement_figure,
+    gallery_figure,
+    landmark_figure,
+    projections_figure,
+    show_from_the_front,
+    show_projection,
+    volume_pair_figure,
+)

@@ -13,9 +13,10 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import LightSource, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from scipy import ndimage
 
 from pairdiff_core import fields
 from pairdiff_core.pairs import PairSet
@@ -115,6 +116,36 @@ def show_projection(
     found, strength = project(classes(fixed, moving), plane, pairs.spacing, slab_mm)
     strength = np.ceil(SHADES * strength) / SHADES
     _show(ax, 1 - strength[..., None] * (1 - CLASSES[found]), pairs, plane, title, colour)
+
+
+def show_from_the_front(ax: Axes, depth: torch.Tensor, spacing_mm: float, colour: str = GREY) -> None:
+    """Draw vessels as lit surfaces, from a depth map uint8 (H, D) as in ``gallery`` of the results.
+
+    Args:
+        depth: voxels to the first one with a vessel, counted from 1; 0 where there is none.
+        spacing_mm: of the voxels.
+        colour: of the frame.
+    """
+    mm = spacing_mm * depth.numpy().astype(float)
+    there = mm > 0
+    weight = ndimage.gaussian_filter(there.astype(float), 0.7)
+    smooth = ndimage.gaussian_filter(mm, 0.7) / np.maximum(weight, 1e-6)  # rounds the steps between voxels
+    light = LightSource(azdeg=135, altdeg=55).hillshade(-smooth, dx=spacing_mm, dy=spacing_mm)
+    near = mm[there].min(initial=np.inf)
+    far = (mm - near) / max(1.0, mm.max() - near)
+    shade = (0.25 + 0.6 * light) * (1 - 0.45 * far)
+    picture = np.where(there, shade, 1.0)[..., None].repeat(3, -1)
+    view = PLANES["coronal"]
+    style.show_image(ax, picture, (spacing_mm,) * 2, "", colour, "", view.upward)
+
+
+def gallery_figure(depths: torch.Tensor, spacing_mm: float, columns: int = 6) -> Figure:
+    """A closed figure of many volumes, each drawn by :func:`show_from_the_front` from its depth map, (N, H, D)."""
+    rows = -(-len(depths) // columns)
+    figure, axes = style.closed_figure(rows, columns, (1.35 * columns, 1.35 * rows))
+    for ax, depth in zip(axes.flat, depths, strict=False):
+        show_from_the_front(ax, depth, spacing_mm)
+    return figure
 
 
 def show_slice(ax: Axes, found: np.ndarray, pairs: PairSet, position: int, title: str) -> None:
