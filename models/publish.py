@@ -28,7 +28,7 @@ DATA = {
     "SynthSeg (Billot et al., 2023; Apache-2.0). Subjects 01 to 11 were trained on, 12 to 14 were not. No OASIS image "
     "was used.",
     "lung250m": "The vessel pairs of 10 people published with Heinrich (2024), derived from Lung250M-4B (Falta et al., "
-    "2023), and for registration the motions of 79 people from the latter, computed from CTs: research data; whoever "
+    "2023), and the motions of 79 people from the latter, computed from CTs: research data; whoever "
     "uses the model should cite both. None of the 17 validation cases was trained on.",
 }
 TRAINED_ON = {

@@ -14,6 +14,7 @@ from pairdiff_core.pairs import PairSet, pack_labels
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import decode_pairs, fixed_with_itself, motions_for, sample_pairs, warped_copies
+from pairdiff_core.profiles import with_levels
 from pairdiff_core.registration import register
 from pairdiff_core.training import best_device
 
@@ -82,8 +83,10 @@ def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> di
 def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
     """The memorisation audit of single images, after the baseline has registered training images to them.
 
-    A training image that was moved is a copy, too. Only the ``CANDIDATES`` nearest training images are registered.
+    A training image that was moved is a copy, too. Only the ``CANDIDATES`` nearest training images are registered, and
+    only with the coarser levels, which find a breath.
     """
+    coarse = with_levels(run.profile, levels=2)
     random, sets = (
         run.generator("audit"),
         [synthetic, *(decoded_by(autoencoder, each) for each in (run.train, run.validation))],
@@ -99,7 +102,7 @@ def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet)
         for image, row, candidates in zip(images, after, before.argsort(1)[:, :CANDIDATES], strict=True):
             pairs = torch.cat([image.expand(len(candidates), *image.shape), known[candidates]], 1)
             pair_set = PairSet(pairs, synthetic.label_names, synthetic.spacing, ("",) * len(pairs))
-            moved = register(pair_set, run.profile).warp_labels(pairs[:, 1])
+            moved = register(pair_set, coarse).warp_labels(pairs[:, 1])
             row[candidates] = metrics.pair_distances(image[None], moved[:, None])[0]
         return after
 
