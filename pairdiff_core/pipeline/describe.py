@@ -144,7 +144,8 @@ def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict
     Returns:
         ``drawn_mm`` and ``motions_mm``: for each of the ``PARTNERS`` and for each motion, the mean length of the
         displacement at the vessels of the fixed image, in mm; ``dice``, of fixed and moving image, ``before`` and
-        ``after`` registration; ``picture``, the pairs (N, 2, H, W, D), packed by :func:`pack_labels`.
+        ``after`` registration; ``picture``, the fixed and all moving images (1 + N, H, W, D), packed by
+        :func:`pack_labels`.
     """
     pair, synthesis = run.validation[:1], replace(run.profile.synthesis, pairs=PARTNERS)
     known = vqae.encode_pairs(autoencoder.model, fixed_with_itself(pair.labels))
@@ -163,7 +164,7 @@ def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict
             name: metrics.mean_dice(partners.fixed, moving, partners.num_labels).tolist()
             for name, moving in images.items()
         },
-        "picture": pack_labels(partners.labels),
+        "picture": pack_labels(torch.cat([pair.fixed, partners.moving])),
     }
 
 
