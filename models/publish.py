@@ -40,7 +40,7 @@ ROWS = {"before": "before", "network": "network", "network_instance": "network a
 
 
 def halve(run_folder: str | Path, folder: str | Path) -> None:
-    """Copy the networks of a finished run in half precision; the codebook keeps its full precision.
+    """Copy the networks of a finished run in half precision; the codes keep their full precision.
 
     Raises:
         CheckpointError: if a network is missing or damaged, or cannot be written.
@@ -49,7 +49,7 @@ def halve(run_folder: str | Path, folder: str | Path) -> None:
     found = {name: load_checkpoint(Path(run_folder) / f"{name}.safetensors") for name in names}
     for name, (tensors, description) in found.items():
         for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not key.startswith("codebook."):
+            if tensor.is_floating_point() and key != "codebook.vectors":
                 tensors[key] = tensor.half()
         save_checkpoint(Path(folder) / f"{name}.safetensors", tensors, description)
     write_file(Path(folder) / "config.json", (Path(run_folder) / "config.json").read_bytes())
