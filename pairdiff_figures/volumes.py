@@ -134,7 +134,7 @@ def show_from_the_front(ax: Axes, depth: torch.Tensor, spacing_mm: float, colour
     near = mm[there].min(initial=np.inf)
     far = (mm - near) / max(1.0, mm.max() - near)
     shade = (0.25 + 0.6 * light) * (1 - 0.45 * far)
-    picture = np.where(there, shade, 1.0)[..., None].repeat(3, -1)
+    picture = np.where(there, np.ceil(SHADES * shade) / SHADES, 1.0)[..., None].repeat(3, -1)
     view = PLANES["coronal"]
     style.show_image(ax, picture, (spacing_mm,) * 2, "", colour, "", view.upward)
 
@@ -142,7 +142,7 @@ def show_from_the_front(ax: Axes, depth: torch.Tensor, spacing_mm: float, colour
 def gallery_figure(depths: torch.Tensor, spacing_mm: float, columns: int = 6) -> Figure:
     """A closed figure of many volumes, each drawn by :func:`show_from_the_front` from its depth map, (N, H, D)."""
     rows = -(-len(depths) // columns)
-    figure, axes = style.closed_figure(rows, columns, (1.35 * columns, 1.35 * rows))
+    figure, axes = style.closed_figure(rows, columns, (1.1 * columns, 1.1 * rows))
     for ax, depth in zip(axes.flat, depths, strict=False):
         show_from_the_front(ax, depth, spacing_mm)
     return figure

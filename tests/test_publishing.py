@@ -70,6 +70,7 @@ LUNGS, BRAINS = (
         ("network, ten real pairs under random", "tre_network_random_warps", "seconds_network_random_warps"),
         ("network, ten real pairs with", "tre_network_motion", "seconds_network_motion"),
         ("that network, then the optimiser", "tre_network_motion_instance", "seconds_network_motion_instance"),
+        ("network, ten real pairs |", "tre_network_real", "seconds_network_real"),
         ("network, synthetic pairs only", "tre_network_synthetic", "seconds_network_synthetic"),
     ],
 )
