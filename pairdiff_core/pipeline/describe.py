@@ -87,13 +87,11 @@ def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet)
     only with the coarser levels, which find a breath.
     """
     coarse = with_levels(run.profile, levels=2)
-    random, sets = (
-        run.generator("audit"),
-        [synthetic, *(decoded_by(autoencoder, each) for each in (run.train, run.validation))],
-    )
-    samples, training, held_out = (pairs.labels.flatten(0, 1).unique(dim=0)[:, None] for pairs in sets)
+    real = (decoded_by(autoencoder, pairs) for pairs in (run.train, run.validation))
+    samples, training, held_out = (pairs.labels.flatten(0, 1).unique(dim=0)[:, None] for pairs in (synthetic, *real))
+    random = run.generator("audit")
     samples, held_out = (
-        each[torch.randperm(len(each), generator=random)[: _compared(run)]] for each in (samples, held_out)
+        images[torch.randperm(len(images), generator=random)[: _compared(run)]] for images in (samples, held_out)
     )
 
     def distances(images: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
