@@ -19,7 +19,15 @@ from typing import Any
 from pairdiff_core import pipeline
 from pairdiff_core.pipeline import Run, Trained, default_network, describe_vqae, load_model, open_run
 from pairdiff_core.registration import evaluate, register, summarise
-from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, save_checkpoint, write_file, write_json
+from pairdiff_core.storage import (
+    fingerprint,
+    load_checkpoint,
+    provenance,
+    rounded,
+    save_checkpoint,
+    write_file,
+    write_json,
+)
 from pairdiff_core.training import best_device
 
 PHANTOMS = {2: ("phantom2d", 6), 3: ("phantom3d", 2)}  # by dimensions: the data set, and the number of pairs
@@ -51,7 +59,7 @@ def halve(run_folder: str | Path, folder: str | Path) -> None:
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and key != "codebook.vectors":
                 tensors[key] = tensor.half()
-        save_checkpoint(Path(folder) / f"{name}.safetensors", tensors, description)
+        save_checkpoint(Path(folder) / f"{name}.safetensors", tensors, rounded(description))
     write_file(Path(folder) / "config.json", (Path(run_folder) / "config.json").read_bytes())
 
 

@@ -50,14 +50,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically, see :func:`replacing`; with six digits, since further ones differ between machines."""
-    write_file(Path(path), (json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n").encode())
+    write_file(Path(path), (json.dumps(rounded(content), indent=1, allow_nan=False) + "\n").encode())
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Numbers in nested dictionaries and lists with six digits; NaN becomes None, as JSON has none."""
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if value == value else None  # JSON has no NaN
+        return float(f"{value:.6g}") if value == value else None
     return value
