@@ -71,9 +71,9 @@ def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> di
     Displacements are compared with those of the warped copies that the denoiser learned from.
     """
     number = min(_compared(run), len(synthetic), (run.profile.denoiser.copies - 1) * len(run.train))
-    some = len(run.train) + torch.randperm(number, generator=run.generator("compare"))
+    copies = range(len(run.train), len(run.train) + number)
     motions = motions_for(run, run.profile.vqae.augmentation)
-    learned = replace(synthetic[:number], labels=warped_copies(run, some.tolist(), motions))
+    learned = replace(synthetic[:number], labels=warped_copies(run, copies, motions))
     found = (register(pairs, run.profile).displacement for pairs in (learned, synthetic[:number]))
     decoded = {"train": decoded_by(autoencoder, run.train), "validation": decoded_by(autoencoder, run.validation)}
     compared = metrics.compare_sets(run.train, decoded | {"synthetic": synthetic}, run.generator("quality"))

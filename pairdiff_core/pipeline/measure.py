@@ -198,12 +198,12 @@ def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
     for short, name in (("dice", "dice"), ("hd95", "hd95_mm"), ("tre", "tre_mm"), ("seconds", "seconds_per_pair")):
         summary |= {f"{short}_{quoted}": rows[row][name] for quoted, row in QUOTED.items() if name in rows.get(row, ())}
     found = measured["synthetic"]
-    lengths, pieces = found["displacements"], found["components"]
+    lengths, components = found["displacements"], found["components"]
     reconstructed = measured["vqae"]["validation"]
     summary |= {
         "motion_ratio": _ratio(lengths, "mean"),
         "motion_ratio_95": _ratio(lengths, "percentile_95"),
-        "pieces_ratio": _ratio(pieces, "number"),
+        "pieces_ratio": _ratio(components, "number"),
         "both_lungs_share": found["sixths"]["synthetic"],
         "recall": found["quality"]["synthetic"]["recall"],
         "precision": found["quality"]["synthetic"]["precision"],
