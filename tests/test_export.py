@@ -128,8 +128,15 @@ def opened(folder, pair, image):
     return nib.load(folder / "imagesTr" / f"PairDiff-phantom3d_{pair:04d}_{image:04d}.nii.gz")
 
 
-def test_partners_are_drawn_for_a_given_fixed_image(lungs, tmp_path):
+def test_partners_are_drawn_for_a_given_fixed_image(lungs, tmp_path, monkeypatch):
     run, path, labels, affine = lungs
+    drawn_for = []
+
+    def recorded(run, denoiser, shard, given):
+        drawn_for.append(given)
+        return pipeline.sample_pairs(run, denoiser, shard, given)
+
+    monkeypatch.setattr("pairdiff_cli.export.sample_pairs", recorded)
     assert make_pairs(run.path, tmp_path / "partners", 3, given=path) == 3
     moving = []
     for pair in (1, 2, 3):
@@ -140,7 +147,9 @@ def test_partners_are_drawn_for_a_given_fixed_image(lungs, tmp_path):
         moving.append(np.asarray(drawn.dataobj))
     assert not np.array_equal(moving[0], moving[1]), "each partner is drawn anew"
     make_pairs(run.path, tmp_path / "free", 3)
-    assert not np.array_equal(np.asarray(opened(tmp_path / "free", 1, 1).dataobj), moving[0]), "what is given counts"
+    twice = torch.from_numpy(labels).expand(1, 2, *labels.shape)
+    (known, nothing), autoencoder = drawn_for, pipeline.load_model(run.path, "vqae").model
+    assert torch.equal(known, vqae.encode_pairs(autoencoder, twice)) and nothing is None
 
 
 def test_a_given_image_on_another_grid_is_resampled(lungs, tmp_path):
