@@ -177,6 +177,9 @@ def test_volumes_take_the_same_path(tmp_path):
     assert (
         made.synthetic.labels.shape == (4, 2, 64, 52, 64) and made.synthetic.spacing == run.train.spacing == (4.0,) * 3
     )
+    alone = pipeline.images_with_themselves(made.synthetic)
+    assert torch.equal(alone.labels, made.synthetic.labels.flatten(0, 1)[:, None].repeat(1, 2, 1, 1, 1))
+    assert alone.names[3] == "synthetic_0001_moving~synthetic_0001_moving"
     pairs = run.validation[:1]
     by_network, baseline = register(pairs, run.profile, network.model), register(pairs, run.profile)
     assert by_network.displacement.shape == by_network.inverse.shape == (1, 3, 64, 52, 64)

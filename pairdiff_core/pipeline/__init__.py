@@ -22,6 +22,7 @@ from .stages import (
     encode_fixed_images,
     encode_training_pairs,
     fixed_with_itself,
+    images_with_themselves,
     load_or_make,
     load_or_train,
     motions_for,

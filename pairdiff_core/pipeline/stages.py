@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,6 +199,16 @@ def decode_pairs(run: Run, autoencoder: Trained, tokens: torch.Tensor) -> PairSe
     return PairSet(labels, label_names, spacing, names, label_colours=colours)
 
 
+def images_with_themselves(pairs: PairSet) -> PairSet:
+    """Each of the 2N images of N pairs, paired with itself; a training that moves images adds the motion.
+
+    Then both images show the same vessels, which the two images of a synthetic pair do not.
+    """
+    labels = pairs.labels.flatten(0, 1)[:, None].expand(-1, 2, *pairs.spatial)  # (N, 2, *s) -> (2N, 2, *s)
+    names = tuple(f"{image}~{image}" for pair in pairs.names for image in pair.split("~"))
+    return replace(pairs, labels=labels, names=names)
+
+
 def train_registration(
     run: Run, pairs: PairSet, name: str, *, warped: bool = False, motions: Motions | None = None
 ) -> Trained:
@@ -257,8 +267,9 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
             if name == "real" or motions is None:
                 networks[f"{name}, warped"] = train_registration(run, pairs, f"{name}-warped", warped=True)
             if motions is not None:
+                moved = pairs if name == "real" else images_with_themselves(pairs)
                 networks[f"{name}, motion"] = train_registration(
-                    run, pairs, f"{name}-motion", warped=True, motions=motions
+                    run, moved, f"{name}-motion", warped=True, motions=motions
                 )
     return StageResults(autoencoder, tokens, denoiser, synthetic, networks)
 
