@@ -125,3 +125,14 @@ def test_search_finds_pages_by_their_words(open_page: Any) -> None:
     page.wait_for_selector("#search-results li a", timeout=15000)
     links = page.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
     assert any("03_vqae" in link for link in links)
+
+
+def test_search_words_are_not_marked_inside_other_words(open_page: Any) -> None:
+    page = open_page("book/glossary.html?highlight=tre")
+    page.wait_for_selector("span.highlighted", timeout=15000)
+    page.wait_for_timeout(300)
+    neighbours = "[mark.previousSibling, mark, mark.nextSibling].map(node => node?.textContent ?? '')"
+    marked = page.locator("span.highlighted").evaluate_all(f"marks => marks.map(mark => {neighbours})")
+    assert "centre" in page.locator("article").inner_text()
+    for before, word, after in marked:
+        assert word.lower() == "tre" and not before[-1:].isalpha() and not after[:1].isalpha(), before + word + after
