@@ -190,6 +190,14 @@ def test_built_pages_load_files_that_exist() -> None:
 
 
 @needs_html
+def test_built_links_to_the_glossary_show_the_definition() -> None:
+    page = (HTML / "notebooks" / "05_registration.html").read_text()
+    links = re.findall(r'<a [^>]*href="[^"]*glossary\.html#term-[^>]*>', page)
+    assert links and all(' title="' in link for link in links), links
+    assert 'title="The image that stays in place."' in (HTML / "notebooks" / "01_why_pairs.html").read_text()
+
+
+@needs_html
 def test_built_chapters_ran_without_error_and_show_their_run_times() -> None:
     times = (HTML / "book" / "how_long.html").read_text()
     for chapter in CHAPTERS:

@@ -6,6 +6,7 @@
   alone would not notice: it compares pages only.
 - The directives `run-times` and `machine`: how long each chapter took, and on what, as the build found it.
 - Each chapter offers its executed notebook for download.
+- Links to the glossary show the first sentence of a definition when the pointer rests on them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sphinx.util.docutils import SphinxDirective
 # What decides the numbers in a chapter, besides its own text.
 SETTINGS = ("PAIRDIFF_PROFILE", "PAIRDIFF_DATA", "PAIRDIFF_OASIS2D")
 SHOWN_VERSIONS = ("torch", "monai", "numpy", "lightning-fabric", "matplotlib", "jupyter-book")
+GLOSSARY = "book/glossary"
 REPOSITORY_BUTTONS = ("use_repository_button", "use_edit_page_button", "use_issues_button")
 
 
@@ -149,6 +151,18 @@ def fill_in_run_times(app: Sphinx, doctree: nodes.document, docname: str) -> Non
         placeholder.replace_self(table(rows, ("Chapter", "Run time")))
 
 
+def show_definitions(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Give each link to the glossary the first sentence of its definition as a title."""
+    definitions = {}
+    for entry in app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item):
+        sentence = re.split(r"(?<=\.)\s", entry[-1].astext(), maxsplit=1)[0]
+        definitions |= {anchor: sentence for term in entry.findall(nodes.term) for anchor in term["ids"]}
+    for link in doctree.findall(nodes.reference):
+        anchor = link.get("refid") or link.get("refuri", "").partition("#")[2]
+        if anchor in definitions:
+            link["reftitle"] = definitions[anchor]
+
+
 def always_read_anew(env: BuildEnvironment) -> None:
     """Mark the current page, so that no table on it is ever of an earlier build."""
     env.metadata[env.docname]["pairdiff_machine"] = True
@@ -199,6 +213,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("machine", MachineTable)
     app.add_directive("run-times", RunTimesTable)
     app.connect("doctree-resolved", fill_in_run_times)
+    app.connect("doctree-resolved", show_definitions)
     # The theme draws icons by replacing their elements, which breaks the Play widget: nest them instead.
     app.add_js_file(None, body="if (window.FontAwesome) { FontAwesome.config.autoReplaceSvg = 'nest'; }")
     app.connect("autodoc-process-docstring", escape_shapes, priority=400)  # before napoleon (500)
