@@ -188,6 +188,16 @@ def resize_labels(labels: torch.Tensor, spatial: Sequence[int], num_labels: int)
     return torch.cat(resized).to(torch.uint8) if resized else labels.new_zeros((0, *spatial))
 
 
+def depth_maps(labels: torch.Tensor) -> torch.Tensor:
+    """Volumes uint8 (N, H, W, D), W at most 255, seen from the front: uint8 (N, H, D).
+
+    Each value is the number of voxels along W to the first one with a structure, counted from 1; 0 where there is none.
+    """
+    there = labels > 0
+    depth = there.byte().argmax(2) + 1  # of the first one
+    return (depth * there.any(2)).byte()
+
+
 def pack_labels(labels: torch.Tensor) -> dict[str, Any]:
     """Label maps uint8 of any shape as text for JSON: ``shape`` and zlib-packed base85 ``bytes``."""
     packed = base64.b85encode(zlib.compress(labels.contiguous().numpy().tobytes(), 9)).decode()

@@ -5,9 +5,18 @@ notebook. Fixed is blue and moving is orange, everywhere. Figures are closed in 
 one that a cell returns only once.
 """
 
-from .animations import player, slices_animation, slices_widget, unmasking_animation, warp_animation
+from .animations import player, rotation_animation, slices_animation, slices_widget, unmasking_animation, warp_animation
 from .curves import area_figure, codebook_figure, dice_figure, error_curves_figure, memorisation_figure, training_curve
-from .slices import pair_figure, pairs_figure, registration_figure, show_grid, show_labels, show_overlap, show_tokens
+from .slices import (
+    jacobian_figure,
+    pair_figure,
+    pairs_figure,
+    registration_figure,
+    show_grid,
+    show_labels,
+    show_overlap,
+    show_tokens,
+)
 from .style import FIXED, GREEN, GREY, LINES, METHODS, MOVING, VERMILION, closed_figure, structure_of, use_style
 from .volumes import (
     displacement_figure,

@@ -3,23 +3,35 @@
 import base64
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from IPython.display import HTML
 from matplotlib.animation import FuncAnimation
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from scipy import ndimage
 
-from pairdiff_core.pairs import PairSet
+from pairdiff_core.pairs import PairSet, depth_maps
 from pairdiff_figures import slices, volumes
-from pairdiff_figures.style import FIXED, MASKED, MOVING, field_of_view, image_figure, legend_below, warped
+from pairdiff_figures.style import (
+    FIXED,
+    MASKED,
+    MOVING,
+    closed_figure,
+    field_of_view,
+    image_figure,
+    legend_below,
+    warped,
+)
 
 FRAMES = 24  # at most, in a player of tokens
+TURNS = 20  # frames of a full turn
 PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB
 WIDGET_SLICES = 12  # at most
 WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels per voxel
@@ -107,6 +119,22 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
         slices.show_overlap(axes[1], pairs.fixed[index], moved, pairs, "outlines")
 
     return player(figure, draw, len(times), "The moving image is warped onto the fixed one.", mode="reflect")
+
+
+def rotation_animation(images: Mapping[str, torch.Tensor], spacing_mm: float) -> HTML:
+    """A player that turns named volumes uint8 (H, W, D) once around the body's axis D, drawn as lit surfaces."""
+    figure, [axes] = closed_figure(1, len(images), (2.9 * len(images), 3.1))
+
+    def draw(frame: int) -> None:
+        for ax, (name, image) in zip(axes, images.items(), strict=True):
+            short = image.shape[0] - image.shape[1]  # the same space is needed in both directions
+            square = F.pad(image, (0, 0, short // 2, short - short // 2)).numpy()
+            turned = ndimage.rotate(square, 360 * frame / TURNS, axes=(0, 1), reshape=False, order=0)
+            ax.clear()
+            volumes.show_from_the_front(ax, depth_maps(torch.from_numpy(turned)[None])[0], spacing_mm)
+            ax.set_title(name)
+
+    return player(figure, draw, TURNS, "Vessels of lungs turn around the body's axis.", mode="loop")
 
 
 def slices_with_vessels(pairs: PairSet, index: int, number: int) -> list[int]:

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.colors import Normalize, hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 
 from pairdiff_core import fields
 from pairdiff_core.pairs import PairSet
 from pairdiff_figures import style
-from pairdiff_figures.style import FIXED, GREY, MASKED, MOVING
+from pairdiff_figures.style import FIXED, GREY, MASKED, MOVING, VERMILION
 
 
 def _sides(image: np.ndarray, pairs: PairSet) -> str:
@@ -136,6 +137,27 @@ def registration_figure(pairs: PairSet, displacement: torch.Tensor, index: int =
     show_overlap(axes[1, 1], fixed, moved, pairs, "outlines after")
     show_grid(axes[1, 2], displacement[index], pairs, "fixed grid, taken to moving")
     _structure_legend(figure, pairs, pairs.labels[index])
+    return figure
+
+
+def jacobian_figure(pairs: PairSet, displacements: Mapping[str, torch.Tensor], index: int = 0) -> Figure:
+    """How much larger or smaller each spot of one fixed image becomes, in one panel for each named method.
+
+    Displacements are float (N, 2, H, W), voxels, fixed to moving. Colour shows the Jacobian determinant on a
+    logarithmic scale, from a quarter to four times the area; vermilion marks where the map folds.
+    """
+    width, height = style.field_of_view(pairs)
+    figure, axes = style.image_figure([width] * len(displacements), [height])
+    colours = colormaps["PuOr"].with_extremes(bad=VERMILION)
+    for column, (ax, (name, displacement)) in enumerate(zip(axes[0], displacements.items(), strict=True)):
+        areas = fields.jacobian_determinant(displacement[index, None].detach().cpu())[0].numpy()
+        logarithm = np.log2(np.where(areas > 0, areas, np.nan))
+        letters = "" if column else _sides(pairs.fixed[index].numpy(), pairs)
+        shown = style.show_image(
+            ax, logarithm, pairs.spacing, name, letters=letters, cmap=colours, norm=Normalize(-2, 2)
+        )
+    bar = figure.colorbar(shown, ax=list(axes[0]), shrink=0.8, label="area in moving / area in fixed")
+    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
     return figure
 
 

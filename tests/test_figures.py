@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import pairdiff_figures as figures
-from pairdiff_core import metrics
+from pairdiff_core import fields, metrics
 from pairdiff_core.pairs import PairSet
 from pairdiff_figures import animations, slices, style, volumes
 from pairdiff_figures.style import FIXED, LINES, MASKED, METHODS, MOVING, STRUCTURES
@@ -217,6 +217,16 @@ def test_registration_figure_warps_moving_to_fixed() -> None:
         figure = figures.registration_figure(blocks(), u, index)
         assert titles(figure)[2] == "moving, warped"
         assert (shown(figure.axes[0]) == shown(figure.axes[2])).all()
+
+
+def test_jacobian_figure_shows_area_on_a_logarithmic_scale_and_folds() -> None:
+    grid = fields.identity_grid((40, 30))[None]
+    twice = torch.stack([grid[:, 0], 0 * grid[:, 1]], 1).expand(2, -1, -1, -1)  # x + u(x) doubles lengths along axis 0
+    figure = figures.jacobian_figure(blocks(), {"stretched": twice, "folded": -2 * twice})
+    assert titles(figure)[:2] == ["stretched", "folded"]
+    areas, folded = (ax.images[0].get_array() for ax in figure.axes[:2])
+    assert areas.min() == areas.max() == 1 and np.ma.getmaskarray(np.ma.masked_invalid(folded)).all()
+    assert [tick.get_text() for tick in figure.axes[-1].get_yticklabels()] == ["1/4", "1/2", "1", "2", "4"]
 
 
 @pytest.mark.parametrize("spatial", [(80, 96), (160, 192)])
@@ -518,6 +528,18 @@ def test_player_goes_through_the_slices_before_and_after(browsing: str) -> None:
     for frame in frames:
         before, after = np.split(frame[:, : frame.shape[1] // 2 * 2], 2, axis=1)
         assert share(before, MOVING, 40) > share(after, MOVING, 40)  # only the legend remains
+
+
+def test_rotation_turns_an_image_once() -> None:
+    """A ball at one side is in the middle after a quarter turn, and at the other side after half a turn."""
+    from_centre = fields.identity_grid((24, 16, 20)) - torch.tensor([4.0, 7.5, 9.5]).reshape(3, 1, 1, 1)
+    ball = (from_centre.norm(dim=0) < 3).byte()
+    frames = frames_of(figures.rotation_animation({"ball": ball}, 2.0).data)
+    assert len(frames) == animations.TURNS
+    dark = [frame.min(2)[40:-20, 20:-20] < 240 for frame in frames]  # without title and frame
+    columns = [np.nonzero(where)[1].mean() / where.shape[1] for where in dark]
+    first, quarter, half = (columns[animations.TURNS * part // 4] for part in (0, 1, 2))
+    assert abs(quarter - 0.5) < 0.05 and abs(first + half - 1) < 0.05 and abs(first - 0.5) > 0.25
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ LUNGS, BRAINS = (
         ("that network, then the optimiser", "tre_network_motion_instance", "seconds_network_motion_instance"),
         ("network, ten real pairs |", "tre_network_real", "seconds_network_real"),
         ("network, synthetic pairs only", "tre_network_synthetic", "seconds_network_synthetic"),
+        ("network, synthetic images", "tre_network_synthetic_motion", "seconds_network_synthetic_motion"),
     ],
 )
 def test_the_readme_shows_the_measured_results(row: str, tre: str, seconds: str | None) -> None:

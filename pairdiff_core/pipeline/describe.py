@@ -10,7 +10,7 @@ import torch
 
 from pairdiff_core import absorbing, metrics, vqae
 from pairdiff_core.data.breathing import box_of_vessels, laid, load_motions
-from pairdiff_core.pairs import PairSet, pack_labels
+from pairdiff_core.pairs import PairSet, depth_maps, pack_labels
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import decode_pairs, fixed_with_itself, motions_for, sample_pairs, warped_copies
@@ -110,8 +110,7 @@ def audit_after_registration(run: Run, autoencoder: Trained, synthetic: PairSet)
 def gallery(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
     """The first ``GALLERY`` synthetic fixed images, unselected, with as many real ones and the nearest training images.
 
-    All have been through the autoencoder. Slices are label maps (N, H, W). Volumes are seen from the front, as depth
-    maps (N, H, D): the number of voxels to the first one of a structure, counted from 1; 0 where there is none.
+    All have been through the autoencoder. Slices are label maps (N, H, W), volumes :func:`pairs.depth_maps`.
 
     Returns:
         ``synthetic``, ``nearest`` and ``real``, images of unseen people, packed by :func:`pack_labels`; and
@@ -123,17 +122,8 @@ def gallery(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any
     drawn = synthetic.fixed[:GALLERY]
     distances, nearest = metrics.pair_distances(drawn[:, None], training[:, None]).min(1)
     images = {"synthetic": drawn, "nearest": training[nearest], "real": real}
-    return {name: pack_labels(_from_the_front(labels)) for name, labels in images.items()} | {
-        "distances": distances.tolist()
-    }
-
-
-def _from_the_front(labels: torch.Tensor) -> torch.Tensor:
-    if labels.dim() == 3:
-        return labels
-    there = labels > 0  # (N, H, W, D), seen along W
-    depth = there.byte().argmax(2) + 1  # of the first one
-    return (depth * there.any(2)).byte()
+    pictures = {name: labels if labels.dim() == 3 else depth_maps(labels) for name, labels in images.items()}
+    return {name: pack_labels(each) for name, each in pictures.items()} | {"distances": distances.tolist()}
 
 
 def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict[str, Any]:
