@@ -153,7 +153,9 @@ def fill_in_run_times(app: Sphinx, doctree: nodes.document, docname: str) -> Non
 
 def show_definitions(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Give each link to the glossary the first sentence of its definition as a title."""
-    definitions = {}
+    if GLOSSARY not in app.env.found_docs:
+        return
+    definitions: dict[str, str] = {}
     for entry in app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item):
         sentence = re.split(r"(?<=\.)\s", entry[-1].astext(), maxsplit=1)[0]
         definitions |= {anchor: sentence for term in entry.findall(nodes.term) for anchor in term["ids"]}
