@@ -98,7 +98,8 @@ def fit_together(
     )
     rows = [
         ("", "found", "becomes"),
-        ("pairs", f"{len(images)}, from {_first_and_last(images)}", _splits(images)),
+        ("pairs", f"{len(images)}", _splits(images)),
+        *_first_and_last(images),
         ("orientation", _counted(image.axes for image in found.images), f"{axes}"),
         ("voxel size, mm", _range(spacings), _product(spacing)),
         ("grid", _range(shapes_of(turned, dims)), _product(grid)),
@@ -133,7 +134,7 @@ def _labels(found: Found, images: Sequence[Image], names: Mapping[int, str]) -> 
     for index, value in enumerate(found.values.tolist()):
         name = names.get(value, f"label {value}" if index else "background")
         share = 100 * counts[:, index].sum() / counts.sum()
-        found_in = f"{value}, in {(counts[:, index] > 0).sum()} of {len(counts)} images, {share:.3g} % of the voxels"
+        found_in = f"{value}, in {(counts[:, index] > 0).sum()} of {len(counts)} images, {share:.2g} % of voxels"
         labels.append(Label(name, found_in, str(index)))
     return labels
 
@@ -143,9 +144,10 @@ def shapes_of(images: Iterable[Image], dims: int) -> np.ndarray:
     return np.array([image.shape[:dims] for image in images])
 
 
-def _first_and_last(images: Sequence[Image]) -> str:
-    first, *_, last = (" with ".join(file.name for file in image.files[:2]) for image in (images[0], images[-1]))
-    return f"{first} to {last}" if len(images) > 1 else first
+def _first_and_last(images: Sequence[Image]) -> list[tuple[str, str, str]]:
+    """Rows with the files of the first and the last pair, which show how the files were matched."""
+    files = {"  first": images[0].files, "  last": images[-1].files}
+    return [(which, f"{pair.fixed.name} with {pair.moving.name}", pair.split) for which, pair in files.items()]
 
 
 def _splits(images: Sequence[Image]) -> str:
