@@ -284,5 +284,6 @@ def test_a_prepared_folder_that_was_damaged(small, tmp_path):
     with pytest.raises(DataError, match="damaged or incomplete .*label_values"):
         read_own(prepared)
     described.unlink()
-    with pytest.raises(DataError, match="pairdiff prepare FIXED MOVING --to FOLDER"):
-        read_own(prepared)
+    why = [f"{prepared} (from data) holds none of PairDiff-own_dataset.json. Prepare", "pairdiff prepare FIXED MOVING"]
+    fails("run", "vqae", "--dataset", "own", "--data", prepared, texts=why)
+    fails("run", "vqae", "--dataset", "own", texts=["No folder with this data set is named", *why[1:]])

@@ -57,7 +57,10 @@ def describe_vqae(run: Run, autoencoder: Trained, pairs: PairSet) -> dict[str, A
 
 
 def describe_denoiser(run: Run, autoencoder: Trained, denoiser: Trained, pairs: PairSet) -> dict[str, float]:
-    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error (NaN for one pair)."""
+    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error.
+
+    The error of a single pair is NaN.
+    """
     device = best_device()
     tokens = vqae.encode_pairs(autoencoder.model, pairs.labels[:: -(-len(pairs) // BITS_PAIRS)])
     sequences = tokens.flatten(1).long().to(device)  # (N, *grid) -> (N, L)
