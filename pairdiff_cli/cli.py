@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from pairdiff_cli.apply import apply
 from pairdiff_cli.evaluate import evaluate
+from pairdiff_cli.prepare import prepare
 from pairdiff_cli.register import register
 from pairdiff_cli.run import run
 from pairdiff_core.errors import PairDiffError
@@ -22,6 +23,7 @@ LESS_MEMORY = {  # advice for each command when memory runs out
     "run": "Choose a smaller profile (--profile quick), or reduce the stage's batch in pairdiff_core/profiles.py.",
     "register": "Use coarser or cropped volumes, or fewer labels.",
     "evaluate": "Choose a smaller profile (--profile quick) or, with --pair, coarser or cropped volumes.",
+    "prepare": "Give a coarser --spacing or a smaller --size.",
     "apply": "Use a coarser or cropped grid; for images, choose it with --onto.",
 }
 
@@ -89,7 +91,7 @@ def fetch(
     typer.echo(f"{dataset} is in {folder}; to use it: export PAIRDIFF_DATA={to.absolute()}")
 
 
-for command in (run, register, apply, evaluate):  # each has its own file
+for command in (prepare, run, register, apply, evaluate):  # each has its own file
     app.command()(command)
 
 

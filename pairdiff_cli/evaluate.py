@@ -111,10 +111,10 @@ def evaluate(
         volumes = read_pair(*pair, resample)
         pairs = as_case(volumes, landmarks)
         settings = by_network.profile if by_network else get_profile("laptop", pairs.spatial_dims)
-    elif own and profile is None and own.profile.spatial_dims == DATASETS[dataset]:
+    elif own and profile is None and (own.dataset == dataset or own.profile.spatial_dims == DATASETS.get(dataset)):
         settings = own.profile
     else:
-        settings = chosen_profile(dataset, profile, "laptop")
+        settings = chosen_profile(dataset, profile, "laptop", data)
     known = own.profile if by_network else settings
     if (known.spatial_dims, known.num_labels) != (settings.spatial_dims, settings.num_labels):
         raise DataError(f"{own.path} has other axes or labels than {dataset}. Choose another run or profile.")
@@ -139,7 +139,7 @@ def evaluate(
             typer.echo(f"note: {note}", err=True)
         if by_network and not quiet:
             note_differences(volumes, pairs, own)
-        measuring = (score_case(volumes, pairs, registrar, by_network and settings, given) for _ in range(1))
+        measuring = (score_case(volumes, pairs, registrar, by_network, given) for _ in range(1))
     if registrar is not None and not quiet:
         note_cost(pairs, with_levels(levelled, steps=0) if method == "network" else levelled, by_network is not None)
     made_by = provenance(settings.name, seed, best_device(), {split: fingerprint(pairs.labels)})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +13,8 @@ import torch
 from nibabel.processing import conform
 from tqdm.auto import tqdm
 
-from pairdiff_cli.volume_files import read_pair, write_nifti
-from pairdiff_core import __version__
-from pairdiff_core.data import grid_affine, label_names
+from pairdiff_cli.learn2reg import WrittenPair, unused_folder, write_data_set
+from pairdiff_cli.volume_files import read_pair
 from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.pipeline import (
     Run,
@@ -40,9 +37,7 @@ AT_ONCE = 4  # pairs that are decoded together
 def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> int:
     """Write the synthetic pairs of a run as a data set in the format of Learn2Reg; no real data are needed.
 
-    ``imagesTr/<name>_0001_0000.nii.gz`` is the fixed label map of the first pair, ``..._0001.nii.gz`` the moving one:
-    uint8 (X, Y, Z), a slice as (X, Y, 1), with the affine of :func:`pairdiff_core.data.grid_affine`. Label maps are
-    both image and label in ``<name>_dataset.json``, which has the keys of Learn2Reg's descriptions and ``provenance``.
+    :func:`pairdiff_cli.learn2reg.write_data_set` describes the folder; the affine is that of the run's data set.
 
     Args:
         run: a run folder that has finished the stage "synthesis".
@@ -56,7 +51,7 @@ def export_pairs(run: str | Path, to: str | Path, *, progress: bool = False) -> 
         CheckpointError: if a stage is missing or damaged, or if the stages are not of one run.
         DataError: if ``to`` is not empty or cannot be written; nothing is written then.
     """
-    to = _unused(to)
+    to = unused_folder(to)
     work = open_run(find_model(run))
     stages = [(work.path / f"{stage}.safetensors").exists() for stage in ("synthesis", "vqae", "denoiser")]
     if stages == [False, True, True]:
@@ -96,7 +91,7 @@ def make_pairs(
     Raises:
         CheckpointError, DataError: as :func:`export_pairs`.
     """
-    to, own = _unused(to), open_run(find_model(model))
+    to, own = unused_folder(to), open_run(find_model(model))
     synthesis = replace(own.profile.synthesis, pairs=number or own.profile.synthesis.pairs)
     work = replace(own, seed=seed, profile=replace(own.profile, synthesis=synthesis))
     autoencoder, denoiser = (load_model(own.path, stage) for stage in ("vqae", "denoiser"))
@@ -127,8 +122,8 @@ def read_given(path: str | Path, run: Run) -> Given:
     Raises:
         DataError: if the file is not a label volume with the labels of the run; the message names the file.
     """
-    volume, affine = read_pair(path, path), grid_affine(run.dataset, run.profile.spatial)
-    labels = volume.pairs(run.profile).labels[0, 0].numpy()
+    volume, affine = read_pair(path, path), run.description.directions
+    labels = volume.pairs(run.profile, run.description.label_values).labels[0, 0].numpy()
     axes, spacing = "".join(nib.aff2axcodes(affine)), nib.affines.voxel_sizes(affine)
     image = nib.Nifti1Image(labels.reshape((*labels.shape, 1)[:3]), volume.affine)
     here = conform(image, (*run.profile.spatial, 1)[:3], spacing, order=0, orientation=axes)
@@ -136,18 +131,6 @@ def read_given(path: str | Path, run: Run) -> Given:
     if not found.any():
         raise DataError(f"{path} has no structure within {run.profile.spatial} voxels about its centre. Crop it.")
     return Given(torch.from_numpy(found), here.affine)
-
-
-def _unused(to: str | Path) -> Path:
-    """The folder to create, checked before anything is computed.
-
-    Raises:
-        DataError: if it exists and is not an empty folder.
-    """
-    to = Path(to).expanduser()
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise DataError(f"{to} exists and is not empty. Give a new folder, or move this one.")
-    return to
 
 
 def _write_pairs(
@@ -159,57 +142,21 @@ def _write_pairs(
     progress: bool,
     given: Given | None = None,
 ) -> int:
-    """Decode tokens int (N, *grid) and write the pairs; the folder appears complete or not at all."""
-    name, pairs = f"PairDiff-{run.dataset}", []
-    affine = grid_affine(run.dataset, run.profile.spatial) if given is None else given.affine
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as temporary:
-            root = Path(temporary) / "whole"
-            (root / "imagesTr").mkdir(parents=True)
-            bar = tqdm(tokens.split(AT_ONCE), unit_scale=AT_ONCE, unit="pair", disable=not progress)
-            for decoded in (pair for some in bar for pair in decode_labels(autoencoder.model, some)):
-                if given is not None:
-                    decoded[0] = given.labels
-                files = [f"./imagesTr/{name}_{len(pairs) + 1:04d}_{image:04d}.nii.gz" for image in (0, 1)]
-                for file, labels in zip(files, decoded.numpy(), strict=True):
-                    write_nifti(root / file, labels.reshape((*labels.shape, 1)[:3]), affine)
-                pairs.append(files)
-            described = _describe(name, pairs, run) | {"provenance": made_by}
-            (root / f"{name}_dataset.json").write_text(json.dumps(described, indent=1) + "\n")
-            if to.exists():
-                to.rmdir()
-            root.rename(to)
-    except OSError as error:
-        raise DataError(f"{to} could not be written ({error.strerror}). Is the disk full or read-only?") from error
-    return len(pairs)
+    """Decode tokens int (N, *grid) and write the pairs, with the fixed image that was given, if there is one."""
+    affine = run.description.directions if given is None else given.affine
 
+    def pairs() -> Iterator[WrittenPair]:
+        bar = tqdm(tokens.split(AT_ONCE), unit_scale=AT_ONCE, unit="pair", disable=not progress)
+        for decoded in (pair for some in bar for pair in decode_labels(autoencoder.model, some)):
+            if given is not None:
+                decoded[0] = given.labels
+            yield WrittenPair(decoded.numpy(), (affine, affine))
 
-def _describe(name: str, pairs: Sequence[Sequence[str]], run: Run) -> dict[str, Any]:
-    """The dataset description in the format of Learn2Reg."""
-    labels, images = label_names(run.dataset, run.profile.num_labels), [image for pair in pairs for image in pair]
-    described = {
-        "name": name,
-        "release": __version__,
+    about = {
         "description": f"Synthetic pairs of label maps, made by PairDiff after training on {run.dataset}. "
         "They show no real person. For research and teaching.",
         "licence": "Apache-2.0, as far as the terms of the training data allow",
         "reference": "M. Heinrich, Unleashing Registration: Diffusion Models for Paired Synthetic 3D Data Generation",
-        "pairings": "paired",
-        "provided_data": {"0": ["image", "label"]},
-        "registration_direction": {"fixed": 0, "moving": 1},
-        "modality": {"0": "label map"},
-        "img_shift": {"fixed": "0000", "moving": "0001"},
-        "labels": {"0": {str(value): label for value, label in enumerate(labels)}},
-        "tensorImageSize": {"0": f"{run.profile.spatial_dims}D"},
-        "tensorImageShape": {"0": [*run.profile.spatial, 1][:3]},
-        "numTraining": len(images),
-        "training": [{"image": image, "label": image} for image in images],
-        "numPairedTraining": len(pairs),
-        "training_paired_images": [{"fixed": fixed, "moving": moving} for fixed, moving in pairs],
-        "numPairedTest": 0,
-        "test_paired_images": [],
+        "provenance": made_by,
     }
-    for part in ("Test", "Registration_val", "Registration_test"):
-        described |= {f"num{part}": 0, part.lower(): []}
-    return described
+    return write_data_set(to, f"PairDiff-{run.dataset}", pairs(), run.description, about)

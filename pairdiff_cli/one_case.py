@@ -15,7 +15,7 @@ from pairdiff_cli.grids import sample
 from pairdiff_cli.volume_files import VolumePair
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Profile
+from pairdiff_core.pipeline import Run
 from pairdiff_core.registration import Case, Deformation, Method, score_landmarks, score_pair
 
 
@@ -95,7 +95,7 @@ def score_case(
     volumes: VolumePair,
     pairs: PairSet,
     registrar: Method | None = None,
-    profile: Profile | None = None,
+    own: Run | None = None,
     field: Field | None = None,
 ) -> Case:
     """Score a pair of files: unregistered, registered, or with a field. Dice is measured on what ``--warped`` writes.
@@ -103,7 +103,7 @@ def score_case(
     Args:
         pairs: from :func:`as_case`.
         registrar: the registration method; None for none.
-        profile: of the registrar's network, which determines its labels; None without a network.
+        own: the run of the registrar's network, which determines its labels; None without a network.
         field: a displacement field. Its inverse is not known, so the case has no inverse consistency.
 
     Returns:
@@ -119,7 +119,8 @@ def score_case(
         return {name: value for name, value in case.items() if not name.startswith("inverse_consistency")}
     if registrar is None:
         return score_pair(pairs)
-    given, started = volumes.pairs(profile), time.perf_counter()
+    given = volumes.pairs(own.profile, own.description.label_values) if own else volumes.pairs()
+    started = time.perf_counter()
     found = registrar(given)
     seconds = time.perf_counter() - started
     displacement = found.displacement[0]

@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pairdiff_core.profiles import DATASETS, PROFILES, Profile, get_profile
+from pairdiff_core.profiles import DATASETS, OWN, PROFILES, Profile, get_profile
 
 SUFFIXES = (".nii.gz", ".nii")  # of the volumes that are written
 
-DatasetName = Literal[tuple(DATASETS)]
+DatasetName = Literal[(*DATASETS, OWN)]
 ProfileName = Literal[tuple(PROFILES[2])]
 
-DataFolder = Annotated[Path | None, typer.Option(help="Folder of the real data. Default: the environment variables.")]
+DataFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the real data, or of prepare. Default: the environment variables.")
+]
 Levels = Annotated[int | None, typer.Option(min=1, help="Use only the first levels of optimisation: faster, coarser.")]
 NetworkName = Annotated[str | None, typer.Option(help="Which network. Default: real-motion, else synthetic.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
@@ -36,13 +38,26 @@ def refuse(why: str, **given: Any) -> None:
             raise typer.BadParameter(f"{option} {why}", param_hint=option)
 
 
-def chosen_profile(dataset: str, name: str | None, default: str) -> Profile:
+def chosen_profile(dataset: str, name: str | None, default: str, data: Path | None = None) -> Profile:
     """The profile of that name, else the one that PAIRDIFF_PROFILE names, else the default.
+
+    For the data set "own", it has the grid and the labels of the folder ``data``.
 
     Raises:
         typer.BadParameter: if PAIRDIFF_PROFILE names no profile.
+        DataError: for "own", as :func:`pairdiff_core.pipeline.profile_for`.
     """
+    if dataset == OWN:
+        from pairdiff_core.data import read_own
+        from pairdiff_core.pipeline import profile_for
+
+        return profile_for(data, named_profile(name, default, len(read_own(data).spatial)))
+    return named_profile(name, default, DATASETS[dataset])
+
+
+def named_profile(name: str | None, default: str, spatial_dims: int) -> Profile:
+    """As :func:`chosen_profile`, for slices or volumes, with the profile's own grid and labels."""
     try:
-        return get_profile(name or os.environ.get("PAIRDIFF_PROFILE") or default, DATASETS[dataset])
+        return get_profile(name or os.environ.get("PAIRDIFF_PROFILE") or default, spatial_dims)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="PAIRDIFF_PROFILE") from error

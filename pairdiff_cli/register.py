@@ -45,7 +45,7 @@ def register(
     from pairdiff_core.profiles import get_profile, with_levels
 
     own, pair = opened(run), read_pair(fixed, moving, resample)
-    pairs = pair.pairs(own.profile if own else None)
+    pairs = pair.pairs(own.profile, own.description.label_values) if own else pair.pairs()
     profile = with_levels(own.profile if own else get_profile("laptop", pairs.spatial_dims), levels, steps)
     registrar, _ = chosen_registrar(profile, own, network, steps != 0, iter if quiet else bars())
     if not quiet:

@@ -12,7 +12,6 @@ import typer
 
 from pairdiff_cli.volume_files import VolumePair
 from pairdiff_core import pipeline, registration
-from pairdiff_core.data import grid_affine
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline import Run, open_run
 from pairdiff_core.profiles import Profile, to_json
@@ -42,8 +41,7 @@ def chosen_registrar(
 
 def _trained_grid(own: Run) -> tuple[Any, list[float]]:
     """Voxel-to-world matrix (4, 4) and voxel size in mm of the grid that the networks of a run were trained on."""
-    affine = grid_affine(own.dataset, own.profile.spatial)
-    return affine, nib.affines.voxel_sizes(affine)[: own.profile.spatial_dims].tolist()
+    return own.description.directions, list(own.description.spacing(own.profile.spatial_dims))
 
 
 def note_differences(pair: VolumePair, pairs: PairSet, own: Run) -> None:

@@ -63,7 +63,7 @@ def run(
     elif dataset is None:
         raise typer.BadParameter("give --dataset or, for synthesis, --model", param_hint="--dataset")
     else:
-        settings = chosen_profile(dataset, profile, "quick")
+        settings = chosen_profile(dataset, profile, "quick", data)
     if device is not None:
         os.environ["PAIRDIFF_DEVICE"] = device
     if model is not None:

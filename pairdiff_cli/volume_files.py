@@ -6,7 +6,7 @@ Inputs are checked before anything is computed. Outputs are written completely o
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from pairdiff_core.storage import write_file
 
 MAX_LABELS = 256  # more values than that are intensities, not labels
 LISTED = 8  # labels that a message lists at most
+Reader = Callable[[Path], tuple[np.ndarray, nib.Nifti1Image]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +63,13 @@ class VolumePair:
         """The axes of the fixed file along which there is more than one voxel, all three for a volume."""
         return tuple(axis for axis in range(3) if axis != _slice_axis(self.shape))
 
-    def pairs(self, profile: Profile | None = None) -> PairSet:
+    def pairs(self, profile: Profile | None = None, label_values: Sequence[int] | None = None) -> PairSet:
         """A set of this one pair, with labels from 0 to C - 1.
 
         Args:
             profile: of a trained network, whose labels are used. For a network of two labels, such as that of the
                 vessels, all values above 0 are the structure, as in its data. None takes indices into ``values``.
+            label_values: the C values, ascending, that the files of its training had; None for 0 to C - 1.
 
         Raises:
             DataError: if the profile has another number of axes, or lacks a label.
@@ -77,15 +79,16 @@ class VolumePair:
             if dims != profile.spatial_dims:
                 knows = f"the network was trained on images with {profile.spatial_dims}"
                 raise DataError(f"{self.paths[0]} has {dims} axes, but {knows}. Choose another run, or none.")
-            last = profile.num_labels - 1
-            known = np.isin(self.values, np.arange(last + 1)) | (last == 1)
+            values, last = np.array(label_values or range(profile.num_labels), np.uint64), profile.num_labels - 1
+            known = np.isin(self.values, values) | (last == 1)
             for label in np.flatnonzero(~known)[:1]:
                 path = self.paths[0] if (self.labels[0] == label).any() else self.paths[1]
+                trained_on = f"0 to {last}" if label_values in (None, (*range(last + 1),)) else _listed(values)
                 raise DataError(
-                    f"{path} holds the label {self.values[label]}, but the network was trained on 0 to {last}. Change "
+                    f"{path} holds the label {self.values[label]}, but the network was trained on {trained_on}. Change "
                     "the labels, or give no --run."
                 )
-            table = np.minimum(self.values, last)
+            table = np.minimum(self.values, 1) if last == 1 else np.searchsorted(values, self.values)
         names = map(str, range(profile.num_labels if profile else len(table)))
         labels = torch.from_numpy(table.astype(np.uint8))[self.labels.long()]
         return PairSet(labels[None], tuple(names), self.spacing, ("~".join(path.name for path in self.paths),))
@@ -154,20 +157,21 @@ def _listed(values: Iterable[float]) -> str:
     return ", ".join([*values[:LISTED], *(["..."] if len(values) > LISTED else [])])
 
 
-def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False) -> VolumePair:
+def read_pair(fixed: str | Path, moving: str | Path, resample: bool = False, read: Reader | None = None) -> VolumePair:
     """Read two label volumes, the moving one on the grid of the fixed one, without the axis of one voxel in a slice.
 
     The axes of the moving image may have another order and direction.
 
     Args:
         resample: whether a moving image on another grid is resampled, by nearest neighbour.
+        read: from a path to labels, integers (X, Y, Z) or (X, Y), and the image for its header; None for label images.
 
     Raises:
         DataError: if a file is missing, damaged, of an unknown format, empty or not a label volume; if the two are on
             different grids without ``resample``; or if they have no label in common. The message names the file.
     """
     paths = (Path(fixed), Path(moving))
-    (fixed_labels, fixed_image), (moving_labels, moving_image) = (_read_volume(path) for path in paths)
+    (fixed_labels, fixed_image), (moving_labels, moving_image) = ((read or _read_volume)(path) for path in paths)
     grids = (Grid.of(fixed_image, paths[0]), Grid.of(moving_image, paths[1]))
     notes = [note for grid, path in zip(grids, paths, strict=True) if (note := grid.note(path))]
     to_moving = same_place(*grids)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name: spatial axes
+OWN = "own"  # the data set that `pairdiff prepare` makes; it has any grid and any labels
 SPLITS = ("train", "validation", "test")
 STAGES = ("vqae", "tokens", "denoiser", "synthesis", "registration")  # in the order in which they run
 

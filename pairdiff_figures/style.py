@@ -77,13 +77,15 @@ def structure_colours(pairs: PairSet) -> np.ndarray:
 
     A structure listed in STRUCTURES has that colour; any other has the data set's own, or the next one of a cycle.
     """
-    spare = cycle(STRUCTURES.values())
+    spare, known = cycle(dict.fromkeys(STRUCTURES.values())), dict(STRUCTURES)
     colours = [to_rgb("white")]
     for label, name in enumerate(pairs.label_names[1:], start=1):
         if structure_of(name) not in STRUCTURES and pairs.label_colours is not None:
             colours.append(tuple(value / 255 for value in pairs.label_colours[label]))
-        else:
-            colours.append(to_rgb(STRUCTURES.get(structure_of(name)) or next(spare)))
+            continue
+        if structure_of(name) not in known:
+            known[structure_of(name)] = next(spare)
+        colours.append(to_rgb(known[structure_of(name)]))
     return np.array(colours)
 
 

@@ -39,7 +39,7 @@ from pairdiff_core.pipeline import find_model, models, open_run, stages
 from pairdiff_core.profiles import PROFILES, get_profile, to_json, with_levels
 
 SHAPE = (20, 18, 16)
-COMMANDS = ("info", "fetch", "run", "register", "apply", "evaluate", "export")
+COMMANDS = ("info", "fetch", "prepare", "run", "register", "apply", "evaluate", "export")
 HEAVY = {"torch", "monai", "nibabel", "numpy", "scipy", "matplotlib", "lightning_fabric", "SimpleITK"}
 BOUNDED = settings(
     deadline=None,
@@ -138,7 +138,8 @@ WRONG_USE = {
     "apply": ["", "fixed.nii.gz moving.nii.gz", "fixed.nii.gz moving.nii.gz --out fixed.nii.gz"],
     "fetch": ["", "mnist"],
     "export": ["", "--run r"],
-    "prepare": [""],
+    "prepare": ["", "fixed", "fixed moving --csv pairs.csv", *(f"fixed moving {options}" for options in (
+        "--spacing 0,1", "--spacing 2;2", "--size many", "--size 2.5,2", "--profile huge", "--to"))],
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from pairdiff_core.data.phantom_lungs import lung_correspondences
 from pairdiff_core.errors import DataError
 from pairdiff_core.motion import unfolded
 
+BREATHING = ("phantom3d", "lung250m")  # the data sets that have motions
 FIRST_PHANTOM, PHANTOMS = 9_000, 12  # first number and count of the phantom subjects whose motions are used
 NODE_MM = 8
 NODES = tuple(size // NODE_MM for size in FRAME)

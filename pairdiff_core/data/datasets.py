@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pairdiff_core.data import lung250m, oasis
+from pairdiff_core.data import lung250m, oasis, own
+from pairdiff_core.data.description import DataDescription
 from pairdiff_core.data.lung_frame import LABELS, pooling_factor
 from pairdiff_core.data.phantom_brains import LABEL_TABLES as BRAIN_LABELS
 from pairdiff_core.data.phantom_brains import SPATIAL, brain_pairs
 from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import DATASETS, SPLITS, Profile
+from pairdiff_core.profiles import DATASETS, OWN, SPLITS, Profile
 
 LABEL_TABLES = {2: BRAIN_LABELS, 3: {len(LABELS): LABELS}}  # by spatial axes and number of labels
-FOLDERS = {"oasis2d": oasis.find_oasis, "lung250m": lung250m.find_lung250m}  # of the real data
+FOLDERS = {"oasis2d": oasis.find_oasis, "lung250m": lung250m.find_lung250m, OWN: own.find_own}  # of the real data
 FIRST_VALIDATION_PHANTOM = 5_000  # number of the first validation subject; training numbers are smaller
 
 
@@ -54,10 +55,11 @@ def load_pairs(
     """Pairs of a data set at the size that a profile asks for.
 
     Args:
-        dataset: one of DATASETS.
+        dataset: one of DATASETS, or "own" for a folder that `pairdiff prepare` wrote.
         split: "train", or "validation" for the held-out subjects; no subject is in both. "lung250m" has a third one,
-            "test", for a final comparison: its ten official test cases.
-        profile: gives ``spatial``, ``num_labels``, ``max_pairs`` and ``phantom_subjects``.
+            "test", for a final comparison: its ten official test cases. "own" has those that were prepared.
+        profile: gives ``spatial``, ``num_labels``, ``max_pairs`` and ``phantom_subjects``. For "own", the first two
+            must be those of the folder, as :func:`pairdiff_core.pipeline.profile_for` makes them.
         data: folder with the real data; None takes the one that PAIRDIFF_OASIS2D or PAIRDIFF_DATA names.
         seed: of the phantom's subjects, and of the choice if there are more than ``max_pairs`` pairs.
         cases: of "lung250m", exactly these cases ("case_008", "008" or "8"); None takes the split.
@@ -71,13 +73,15 @@ def load_pairs(
         DataError: for an unknown data set, split or case, a size or number of labels that it does not have, or data
             that is missing or invalid.
     """
-    if dataset not in DATASETS:
-        raise DataError(f"there is no data set {dataset!r}; choose one of {', '.join(DATASETS)}")
-    splits = SPLITS if dataset == "lung250m" else SPLITS[:2]
+    if dataset not in (*DATASETS, OWN):
+        raise DataError(f"there is no data set {dataset!r}; choose one of {', '.join((*DATASETS, OWN))}")
+    splits = SPLITS if dataset in ("lung250m", OWN) else SPLITS[:2]
     if split not in splits:
         raise DataError(f"{dataset} has no split {split!r}; choose one of {', '.join(splits)}")
     if cases and dataset != "lung250m":
         raise DataError(f"{dataset} has no cases to choose; only lung250m has")
+    if dataset == OWN:
+        return _own_pairs(split, profile, data, seed)
     dims, choices = DATASETS[dataset], LABEL_TABLES[DATASETS[dataset]]
     if profile.num_labels not in choices:
         known = " or ".join(map(str, choices))
@@ -98,6 +102,16 @@ def load_pairs(
     return brain_pairs(profile.max_pairs, subjects=subjects, first_subject=first, **size)
 
 
+def _own_pairs(split: str, profile: Profile, data: str | Path | None, seed: int) -> PairSet:
+    pairs = own.load_own_pairs(data, split, max_pairs=profile.max_pairs, seed=seed)
+    if (pairs.spatial, pairs.num_labels) != (tuple(profile.spatial), profile.num_labels):
+        raise DataError(
+            f"{own.find_own(data)} has a grid of {pairs.spatial} voxels and {pairs.num_labels} labels, but the profile "
+            f"has {tuple(profile.spatial)} and {profile.num_labels}. Take the profile from pipeline.profile_for."
+        )
+    return pairs
+
+
 def data_files(dataset: str, data: str | Path | None = None) -> list[Path]:
     """The files of a real data set, sorted; an empty list for a phantom.
 
@@ -109,9 +123,21 @@ def data_files(dataset: str, data: str | Path | None = None) -> list[Path]:
     return sorted(path for path in FOLDERS[dataset](data).resolve().rglob("*") if path.is_file())
 
 
-def label_names(dataset: str, num_labels: int) -> tuple[str, ...]:
-    """Names of the labels of a data set, index = label value; a KeyError for a number of labels it does not have."""
-    return tuple(name for name, _ in LABEL_TABLES[DATASETS[dataset]][num_labels])
+def describe_data(dataset: str, profile: Profile, data: str | Path | None = None) -> DataDescription:
+    """The labels of a data set and the place of its grid, at the size that a profile asks for.
+
+    Args:
+        data: folder of the data set "own"; the others need none.
+
+    Raises:
+        DataError: if that folder is missing or damaged.
+        KeyError: for a number of labels that the data set does not have.
+    """
+    if dataset == OWN:
+        return own.read_own(data).described
+    names, colours = zip(*LABEL_TABLES[DATASETS[dataset]][profile.num_labels], strict=True)
+    affine = tuple(map(tuple, grid_affine(dataset, profile.spatial).tolist()))
+    return DataDescription(names, tuple(range(profile.num_labels)), affine, colours)
 
 
 def grid_affine(dataset: str, spatial: Sequence[int]) -> np.ndarray:

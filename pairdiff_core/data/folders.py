@@ -34,8 +34,8 @@ def find_folder(
     for candidate in (folder, *(folder / name for name in names)):
         if any((candidate / held).exists() for held in contents):
             return candidate
-    held, inside = ", ".join(contents), "/ or ".join(names)
-    raise DataError(f"{folder} (from {origin}) holds none of {held}, nor does {inside}/ in it. {how_to}")
+    held, inside = ", ".join(contents), f", nor does {'/ or '.join(names)}/ in it" if names else ""
+    raise DataError(f"{folder} (from {origin}) holds none of {held}{inside}. {how_to}")
 
 
 def random_choice(items: Sequence[Item], number: int | None, seed: int) -> list[Item]:

@@ -14,6 +14,7 @@ from .models import (
     new_vqae,
     pretrained_models,
 )
+from .own_data import profile_for, trainable_grid
 from .run import Run, open_run
 from .stages import (
     StageResults,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pairdiff_core import absorbing, metrics, vqae
-from pairdiff_core.data.breathing import box_of_vessels, laid, load_motions
+from pairdiff_core.data.breathing import BREATHING, box_of_vessels, laid, load_motions
 from pairdiff_core.pairs import PairSet, depth_maps, pack_labels
 from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
@@ -56,13 +57,17 @@ def describe_vqae(run: Run, autoencoder: Trained, pairs: PairSet) -> dict[str, A
 
 
 def describe_denoiser(run: Run, autoencoder: Trained, denoiser: Trained, pairs: PairSet) -> dict[str, float]:
-    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error."""
+    """``bits_per_token``: the exact bound on at most 64 pairs, spread over the set, with its standard error.
+
+    The error of a single pair is NaN.
+    """
     device = best_device()
     tokens = vqae.encode_pairs(autoencoder.model, pairs.labels[:: -(-len(pairs) // BITS_PAIRS)])
     sequences = tokens.flatten(1).long().to(device)  # (N, *grid) -> (N, L)
     generator = run.generator("bits per token", device)
     bits = absorbing.bits_per_token(denoiser.model, sequences, denoiser.model.mask_token, generator)
-    return {"bits_per_token": float(bits.mean()), "standard_error": float(bits.std() / len(bits) ** 0.5)}
+    error = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else math.nan
+    return {"bits_per_token": float(bits.mean()), "standard_error": error}
 
 
 def describe_synthetic(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any]:
@@ -131,23 +136,25 @@ def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict
 
     Returns:
         ``drawn_mm`` and ``motions_mm``: for each of the ``PARTNERS`` and for each motion, the mean length of the
-        displacement at the vessels of the fixed image, in mm; ``dice``, of fixed and moving image, ``before`` and
-        ``after`` registration; ``picture``, the fixed and all moving images (1 + N, H, W, D), packed by
-        :func:`pack_labels`.
+        displacement at the structures of the fixed image, in mm; ``motions_mm`` is empty for data without motions;
+        ``dice``, of fixed and moving image, ``before`` and ``after`` registration; ``picture``, the fixed and all
+        moving images (1 + N, H, W, D), packed by :func:`pack_labels`.
     """
     pair, synthesis = run.validation[:1], replace(run.profile.synthesis, pairs=PARTNERS)
     known = vqae.encode_pairs(autoencoder.model, fixed_with_itself(pair.labels))
     drawn = sample_pairs(replace(run, profile=replace(run.profile, synthesis=synthesis)), denoiser, 0, known)
     partners = decode_pairs(run, autoencoder, drawn)
     partners.labels[:, 0] = pair.fixed
-    vessels, mm = partners.fixed[0] > 0, partners.spacing[0]
+    inside, mm = partners.fixed[0] > 0, torch.tensor(partners.spacing).reshape(-1, 1)
     found = register(partners, run.profile)
-    motions, box = load_motions(run.dataset, run.data, run.seed), box_of_vessels(partners.fixed[0])
-    lengths = [laid(motion, box, partners.spatial).norm(dim=0)[vessels].mean() for motion in motions.displacement]
+    motions: Iterable[torch.Tensor] = ()
+    if run.dataset in BREATHING:
+        box, breaths = box_of_vessels(partners.fixed[0]), load_motions(run.dataset, run.data, run.seed)
+        motions = (laid(motion, box, partners.spatial) for motion in breaths.displacement)
     images = {"before": partners.moving, "after": found.warp_labels(partners.moving)}
     return {
-        "drawn_mm": (mm * found.displacement.norm(dim=1)[:, vessels].mean(1)).tolist(),
-        "motions_mm": [mm * float(length) for length in lengths],
+        "drawn_mm": [float((mm * moved[:, inside]).norm(dim=0).mean()) for moved in found.displacement],
+        "motions_mm": [float((mm * moved[:, inside]).norm(dim=0).mean()) for moved in motions],
         "dice": {
             name: metrics.mean_dice(partners.fixed, moving, partners.num_labels).tolist()
             for name, moving in images.items()

@@ -15,8 +15,8 @@ import pairdiff_core
 from pairdiff_core import data as data_sets
 from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.pairs import PairSet
-from pairdiff_core.profiles import Profile, profile_from_json, to_json
-from pairdiff_core.storage import Saving, read_config, working_in
+from pairdiff_core.profiles import OWN, Profile, profile_from_json, to_json
+from pairdiff_core.storage import Saving, read_config, rounded, working_in
 from pairdiff_core.training import Paused, distributed, generator, new_fabric, seed_of
 
 
@@ -25,7 +25,7 @@ class Run:
     """A data set, a profile and a seed. Several processes may work on one run, if all see its folder.
 
     Attributes:
-        dataset: one of ``data.DATASETS``.
+        dataset: one of ``data.DATASETS``, or "own".
         profile: all settings.
         seed: of everything random in the run.
         folder: where results are kept; None takes ``<dataset>-<profile>-seed<seed>`` in the folder that
@@ -57,12 +57,34 @@ class Run:
     @cached_property
     def train(self) -> PairSet:
         """Pairs of the training subjects."""
-        return data_sets.load_pairs(self.dataset, "train", self.profile, data=self.data, seed=self.seed)
+        return self._pairs("train")
 
     @cached_property
     def validation(self) -> PairSet:
         """Pairs of the held-out subjects."""
-        return data_sets.load_pairs(self.dataset, "validation", self.profile, data=self.data, seed=self.seed)
+        return self._pairs("validation")
+
+    def _pairs(self, split: str) -> PairSet:
+        if self.dataset == OWN:
+            prepared = data_sets.read_own(self.data)
+            if rounded(prepared.described.to_json()) != rounded(self.description.to_json()):
+                raise CheckpointError(
+                    f"{self.path} belongs to other data than {prepared.path}: labels or grid differ. Choose another "
+                    "run folder."
+                )
+        return data_sets.load_pairs(self.dataset, split, self.profile, data=self.data, seed=self.seed)
+
+    @cached_property
+    def description(self) -> data_sets.DataDescription:
+        """Labels and grid of the data. A run on data of your own keeps them in its folder."""
+        if self.dataset == OWN and (self.path / "config.json").is_file():
+            try:
+                return data_sets.description_from_json(read_config(self.path)["description"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{self.path / 'config.json'} does not describe its data ({error!r}). Choose another run folder."
+                ) from error
+        return data_sets.describe_data(self.dataset, self.profile, self.data)
 
     def seed_of(self, stage: str) -> int:
         """A seed for one stage, the same whether the stages before it were trained or loaded."""
@@ -82,6 +104,8 @@ class Run:
             return
         identity = {"dataset": self.dataset, "profile": self.profile.name, "seed": self.seed}
         settings = {"pairdiff": pairdiff_core.__version__, "settings": to_json(self.profile)}
+        if self.dataset == OWN:
+            settings["description"] = rounded(self.description.to_json())
         with working_in(self.path, identity, settings):
             yield
 

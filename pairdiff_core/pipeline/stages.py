@@ -20,9 +20,7 @@ from torch import nn
 
 from pairdiff_core import absorbing, registration, vqae
 from pairdiff_core.augmentation import PatchesOfPairs, WarpedPairs, augment
-from pairdiff_core.data import grid_affine
-from pairdiff_core.data.breathing import Motions, load_motions
-from pairdiff_core.data.datasets import LABEL_TABLES
+from pairdiff_core.data.breathing import BREATHING, Motions, load_motions
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import NEW_MODEL, Trained, as_trained, chosen_model, load_trained, stage_of
 from pairdiff_core.pipeline.run import Run
@@ -79,7 +77,7 @@ def train_vqae(run: Run) -> Trained:
 
 def motions_for(run: Run, augmentation: Augmentation) -> Motions | None:
     """Other people's motions, if an augmentation moves images by them; only data sets of lungs have motions."""
-    return load_motions(run.dataset, run.data, run.seed) if augmentation.motion else None
+    return load_motions(run.dataset, run.data, run.seed) if augmentation.motion and run.dataset in BREATHING else None
 
 
 def _motions_used(motions: Motions | None) -> dict[str, Any]:
@@ -190,13 +188,10 @@ def decode_pairs(run: Run, autoencoder: Trained, tokens: torch.Tensor) -> PairSe
 
     The data set itself is not needed.
     """
-    dims = run.profile.spatial_dims
-    label_names, colours = zip(*LABEL_TABLES[dims][run.profile.num_labels], strict=True)
-    directions = grid_affine(run.dataset, run.profile.spatial)[:3, :dims]  # along the world's axes
-    spacing = tuple(abs(directions).sum(0).tolist())
+    known, spacing = run.description, run.description.spacing(run.profile.spatial_dims)
     names = tuple(f"synthetic_{index:04d}_fixed~synthetic_{index:04d}_moving" for index in range(len(tokens)))
     labels = vqae.decode_labels(autoencoder.model, tokens)
-    return PairSet(labels, label_names, spacing, names, label_colours=colours)
+    return PairSet(labels, known.label_names, spacing, names, label_colours=known.label_colours)
 
 
 def images_with_themselves(pairs: PairSet) -> PairSet:
@@ -261,7 +256,7 @@ def run_stages(run: Run, last: str = "registration") -> StageResults:
     if number >= 3:
         synthetic = decode_pairs(run, autoencoder, synthesise(run, autoencoder, denoiser))
     if number >= 4:
-        motions = load_motions(run.dataset, run.data, run.seed) if run.profile.spatial_dims == 3 else None
+        motions = load_motions(run.dataset, run.data, run.seed) if run.dataset in BREATHING else None
         for name, pairs in {"real": run.train, "synthetic": synthetic}.items():
             networks[name] = train_registration(run, pairs, name)
             if name == "real" or motions is None:
