@@ -132,7 +132,7 @@ class RegistrationSettings:
 
 @dataclass(frozen=True)
 class KLAutoencoderSettings:
-    """The autoencoder of single grey slices (chapter 13)."""
+    """The autoencoder of single grey slices, for diffusion with Gaussian noise."""
 
     channels: tuple[int, ...]  # of the levels; each but the first halves the grid
     latent_channels: int
@@ -231,7 +231,7 @@ _QUICK_2D = Profile(
 )
 
 _LAPTOP_DIFFUSION = DiffusionSettings(
-    channels=(32, 64, 128), timesteps=1000, steps=2000, batch=4, learning_rate=2e-3, average=0.995, sampling_steps=50
+    channels=(32, 64, 128), timesteps=1000, steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
 )
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
@@ -280,7 +280,7 @@ _LAPTOP_2D = Profile(
         baseline=_BRAIN_LEVELS,
     ),
     kl_autoencoder=KLAutoencoderSettings(
-        channels=(16, 32, 64), latent_channels=4, kl_weight=1e-4, latents=4096, steps=1200, batch=1, learning_rate=3e-3
+        channels=(16, 32, 64), latent_channels=4, kl_weight=1e-4, latents=1024, steps=500, batch=1, learning_rate=4e-3
     ),
     gaussian_denoiser=_LAPTOP_DIFFUSION,
     rectified_flow=_LAPTOP_DIFFUSION,

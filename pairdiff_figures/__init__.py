@@ -7,6 +7,7 @@ one that a cell returns only once.
 
 from .animations import player, slices_animation, slices_widget, unmasking_animation, warp_animation
 from .curves import area_figure, codebook_figure, dice_figure, error_curves_figure, memorisation_figure, training_curve
+from .images import images_figure
 from .slices import pair_figure, pairs_figure, registration_figure, show_grid, show_labels, show_overlap, show_tokens
 from .style import FIXED, GREEN, GREY, LINES, METHODS, MOVING, VERMILION, closed_figure, structure_of, use_style
 from .volumes import (

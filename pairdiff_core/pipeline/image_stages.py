@@ -1,4 +1,4 @@
-"""The stages of diffusion on grey slices: autoencoder, latents, and two denoisers of latents (chapter 13).
+"""The stages of diffusion on grey slices: autoencoder, latents, and two denoisers of latents.
 
 They load or make their results as the five stages of the method do, in the same run folder. Images are the measured T1
 slices if the data set has them, else T1-like ones that are drawn from freshly warped label maps.
