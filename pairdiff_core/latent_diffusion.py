@@ -89,15 +89,21 @@ class KLAutoencoder(nn.Module):
         self.latent_grid(images.shape[2:])
         parts = (part.to(self.statistics.running_mean.device) for part in images.split(IMAGES_AT_ONCE))
         means = torch.cat([self.network.encode(part)[0] for part in parts])
-        return self.statistics(means.flatten(2)).reshape(means.shape).cpu()  # (N, C, *grid) -> (N, C, positions)
+        mean, deviation = self._mean_and_deviation(means.dim() - 2)
+        return ((means - mean) / deviation).cpu()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images float (N, 1, *spatial), 0 to 1, of any number of latents float (N, C, *grid), on the CPU."""
-        mean, variance = self.statistics.running_mean, self.statistics.running_var + self.statistics.eps
-        parts = (part.to(mean.device).movedim(1, -1) for part in latents.split(IMAGES_AT_ONCE))  # (N, *grid, C)
-        as_coded = ((part * variance.sqrt() + mean).movedim(-1, 1) for part in parts)
-        return torch.cat([self.network.decode(part).clamp(0, 1).cpu() for part in as_coded])
+        mean, deviation = self._mean_and_deviation(latents.dim() - 2)
+        parts = (part.to(mean.device) * deviation + mean for part in latents.split(IMAGES_AT_ONCE))
+        return torch.cat([self.network.decode(part).clamp(0, 1).cpu() for part in parts])
+
+    def _mean_and_deviation(self, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each channel of the latents, (C, 1, ..., 1) with ``dims`` ones."""
+        running = (self.statistics.running_mean, (self.statistics.running_var + self.statistics.eps).sqrt())
+        mean, deviation = (each.reshape(-1, *[1] * dims) for each in running)  # (C,) -> (C, 1, ..., 1)
+        return mean, deviation
 
 
 def autoencoder_loss(model: nn.Module, images: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
