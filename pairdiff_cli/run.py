@@ -11,7 +11,7 @@ import typer
 
 from pairdiff_cli.lines import progress_lines, show
 from pairdiff_cli.options import DataFolder, DatasetName, ProfileName, Quiet, Seed, chosen_profile, refuse
-from pairdiff_core.profiles import STAGES
+from pairdiff_core.profiles import IMAGE_STAGES, STAGES
 
 if TYPE_CHECKING:
     from pairdiff_core.pipeline import Run
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def run(
     stage: Annotated[
-        Literal[(*STAGES, "all")], typer.Argument(help="Run all stages up to this one. 'all' also measures.")
+        Literal[(*STAGES, *IMAGE_STAGES, "all")],
+        typer.Argument(help="Run all stages of its kind up to this one. 'all' runs the first five and measures."),
     ],
     dataset: Annotated[DatasetName | None, typer.Option(help="Data set to train on; required without --model.")] = None,
     # torchrun takes --run for one of its own options
@@ -42,7 +43,7 @@ def run(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run the stages of the method up to one of them. The same command continues an interrupted run.
+    """Run the stages of the method, or of diffusion on images, up to one. The same command continues a paused run.
 
     Progress is saved after --max-minutes, on Ctrl-C or SIGTERM, and every few minutes in case of a crash. If torchrun
     starts several processes, they share the work.
@@ -50,6 +51,7 @@ def run(
     \b
     Example:
       pairdiff run all --dataset phantom2d --profile quick --run runs/mine
+      pairdiff run rectified_flow --dataset phantom2d
       pairdiff run synthesis --model oasis2d-laptop --pairs 4 --to pairs
       pairdiff run synthesis --model lung250m-laptop --given fixed.nii.gz --pairs 6 --to partners
       torchrun --nproc_per_node=2 -m pairdiff_core run all --dataset phantom2d --run-folder runs/two
@@ -85,7 +87,10 @@ def run(
         measured = pipeline.read_measured(work) if stage == "all" else None
         if measured and not quiet and distributed.rank() == 0:
             typer.echo(f"{work.path} is finished: nothing was repeated")
-        if measured is None and not pipeline.chosen_model(dataset, settings, "vqae"):
+        if stage in IMAGE_STAGES:
+            pipeline.new_kl_autoencoder(settings)  # refused for volumes
+        first = IMAGE_STAGES[0] if stage in IMAGE_STAGES else STAGES[0]
+        if measured is None and not pipeline.chosen_model(dataset, settings, first):
             _ = work.train
         try:
             with progress_lines(quiet):
@@ -105,6 +110,9 @@ def _worked(work: Run, stage: str) -> dict[str, Any] | None:
     from pairdiff_core.training import distributed
 
     with work.working():
+        if stage in IMAGE_STAGES:
+            pipeline.run_image_stages(work, stage)
+            return None
         made = pipeline.run_stages(work, STAGES[-1] if stage == "all" else stage)
         if stage != "all" or distributed.rank():
             return None

@@ -16,6 +16,7 @@ DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name
 OWN = "own"  # the data set that `pairdiff prepare` makes; it has any grid and any labels
 SPLITS = ("train", "validation", "test")
 STAGES = ("vqae", "tokens", "denoiser", "synthesis", "registration")  # in the order in which they run
+IMAGE_STAGES = ("kl_autoencoder", "latents", "gaussian_denoiser", "rectified_flow")  # of grey slices, in their order
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,38 @@ class RegistrationSettings:
     breathing: Augmentation | None = None  # the same with other people's motions; None: augmentation
 
 
+@dataclass(frozen=True)
+class KLAutoencoderSettings:
+    """The autoencoder of single grey slices, for diffusion with Gaussian noise."""
+
+    channels: tuple[int, ...]  # of the levels; each but the first halves the grid
+    latent_channels: int
+    kl_weight: float  # of the Kullback-Leibler divergence, in nats per number of the latent
+    latents: int  # training images that are encoded for the diffusion
+    steps: int
+    batch: int  # pairs, of which both images are used
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """A diffusion on the latents of grey slices: the U-Net, its training, and sampling in few steps."""
+
+    channels: tuple[int, ...]  # of MONAI's DiffusionModelUNet
+    timesteps: int  # T, of training and of DDPM
+    steps: int
+    batch: int
+    learning_rate: float
+    average: float  # decay per step of the moving average of the weights
+    sampling_steps: int  # of DDIM and of rectified flow
+
+
 # A network may be used with other values of these than it was trained with: its weights do not depend on them, or the
 # value is among its recorded inputs (breathing).
-AFTER_TRAINING = (*("copies", "instance", "baseline", "repeats", "merge", "optimiser_smoothness", "blur", "breathing"),)
+AFTER_TRAINING = (
+    *("copies", "instance", "baseline", "repeats", "merge", "optimiser_smoothness", "blur", "breathing"),
+    *("latents", "sampling_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -149,12 +179,19 @@ class Profile:
     synthesis: SynthesisSettings
     registration: RegistrationSettings
     mixed_precision: tuple[str, ...] = ()  # stages that are safe in bfloat16
+    kl_autoencoder: KLAutoencoderSettings | None = None  # these three are for slices only
+    gaussian_denoiser: DiffusionSettings | None = None
+    rectified_flow: DiffusionSettings | None = None
 
     @property
     def spatial_dims(self) -> int:
         """2 for slices, 3 for volumes."""
         return len(self.spatial)
 
+
+_QUICK_DIFFUSION = DiffusionSettings(
+    channels=(16, 32, 64), timesteps=100, steps=300, batch=4, learning_rate=3e-3, average=0.98, sampling_steps=20
+)
 
 _QUICK_2D = Profile(
     name="quick",
@@ -187,6 +224,15 @@ _QUICK_2D = Profile(
         instance=(Level(scale=2, control=1, steps=20, learning_rate=0.1),),
         baseline=tuple(Level(scale=scale, control=1, steps=25, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
+    kl_autoencoder=KLAutoencoderSettings(
+        channels=(8, 16, 32), latent_channels=4, kl_weight=1e-4, latents=512, steps=260, batch=1, learning_rate=5e-3
+    ),
+    gaussian_denoiser=_QUICK_DIFFUSION,
+    rectified_flow=_QUICK_DIFFUSION,
+)
+
+_LAPTOP_DIFFUSION = DiffusionSettings(
+    channels=(32, 64, 128), timesteps=1000, steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
 )
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
@@ -234,6 +280,22 @@ _LAPTOP_2D = Profile(
         instance=_BRAIN_LEVELS,  # Dice on training pairs 0.836; 30 steps of the last level 0.831, without network 0.833
         baseline=_BRAIN_LEVELS,
     ),
+    kl_autoencoder=KLAutoencoderSettings(
+        channels=(16, 32, 64), latent_channels=4, kl_weight=1e-4, latents=1024, steps=500, batch=1, learning_rate=4e-3
+    ),
+    gaussian_denoiser=_LAPTOP_DIFFUSION,
+    rectified_flow=_LAPTOP_DIFFUSION,
+)
+
+# Sizes as in MONAI's tutorials on latent diffusion; no network for these slices has been published.
+_PAPER_DIFFUSION = DiffusionSettings(
+    channels=(128, 256, 512),
+    timesteps=1000,
+    steps=100_000,
+    batch=16,
+    learning_rate=1e-4,
+    average=0.999,
+    sampling_steps=50,
 )
 
 _PAPER_2D = Profile(
@@ -276,6 +338,17 @@ _PAPER_2D = Profile(
         baseline=tuple(Level(scale=scale, control=1, steps=60, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
     mixed_precision=("vqae", "denoiser", "synthesis"),  # where it is safe; `make bench` measures it
+    kl_autoencoder=KLAutoencoderSettings(
+        channels=(64, 128, 128),
+        latent_channels=3,
+        kl_weight=1e-4,
+        latents=16_384,
+        steps=50_000,
+        batch=4,
+        learning_rate=1e-4,
+    ),
+    gaussian_denoiser=_PAPER_DIFFUSION,
+    rectified_flow=_PAPER_DIFFUSION,
 )
 
 # The 3D profiles.

@@ -590,3 +590,13 @@ def test_widget_of_real_size_is_small() -> None:
     large[:, :, 20:100:6, 10:90, ::5], large[:, 1] = 1, large[:, 0].roll(2, 3)
     pairs = PairSet(large, ("Background", "Vessel"), (2.0, 2.0, 2.0), ("a~b",))
     assert len(str(embed_data([figures.slices_widget(pairs)]))) < 250_000
+
+
+def test_grey_images_are_drawn_as_they_are_under_their_names():
+    images = torch.rand(2, 1, 8, 10, generator=torch.Generator().manual_seed(0))
+    figure = figures.images_figure({"real": images, "synthetic": images[:1]}, (2.0, 2.0), columns=2)
+    axes = np.array(figure.axes).reshape(2, 2)
+    assert [line[0].get_ylabel() for line in axes] == ["real", "synthetic"]
+    shown = axes[0, 1].images[0]
+    assert np.array_equal(shown.get_array(), images[1, 0].numpy().T) and shown.get_clim() == (0, 1)
+    assert not axes[1, 1].images and not axes[1, 1].axison

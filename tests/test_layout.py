@@ -16,12 +16,13 @@ FLOORS = (
     {"__init__", "errors", "fields"},
     {"motion", "pairs", "profiles", "storage"},
     {"metrics", "training"},
-    {"vqae", "absorbing", "registration", "augmentation", "data", "pairdiff_figures"},
+    {"vqae", "absorbing", "latent_diffusion", "registration", "augmentation", "data", "pairdiff_figures"},
     {"pipeline"},
     {"pairdiff_cli"},
     {"__main__"},
 )
 METHOD = {"fields", "motion", "pairs", "profiles", "vqae", "absorbing", "registration", "augmentation", "metrics"}
+METHOD |= {"latent_diffusion"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGES = ("pairdiff_core", "pairdiff_figures", "pairdiff_cli")
 FILES = {

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from pairdiff_core.pipeline import new_denoiser, new_registration, new_vqae
+from pairdiff_core.latent_diffusion import new_scheduler
+from pairdiff_core.pipeline import new_denoiser, new_kl_autoencoder, new_registration, new_vqae
 from pairdiff_core.profiles import PROFILES, get_profile, profile_from_json, to_json, trained_settings, with_levels
 
 ALL = {f"{profile.name}-{dims}d": profile for dims, named in PROFILES.items() for profile in named.values()}
@@ -36,6 +37,16 @@ def test_the_grid_fits_the_networks(profile):
     assert all(model.token_grid(size) for size in sizes)
     assert denoiser.grid == model.token_grid(profile.spatial)
     assert min(profile.spatial) >= network.smallest
+
+
+@pytest.mark.parametrize("profile", PROFILES[2].values(), ids=PROFILES[2])
+def test_the_latents_of_slices_fit_the_unets_and_ddim_its_steps(profile):
+    with torch.device("meta"):
+        grid = new_kl_autoencoder(profile).latent_grid(profile.spatial)
+    for stage in ("gaussian_denoiser", "rectified_flow"):
+        settings = getattr(profile, stage)
+        assert not any(size % 2 ** (len(settings.channels) - 1) for size in grid)
+        assert new_scheduler("ddim", settings.timesteps, settings.sampling_steps).alphas_cumprod[-1] < 1e-4
 
 
 def test_paper_3d_has_the_published_numbers_of_tokens_parameters_and_samples():

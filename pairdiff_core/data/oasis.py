@@ -3,7 +3,7 @@
 The layout: ``subjects.txt`` (one folder name per line), the FreeSurfer colour tables ``seg4_labels.txt`` and
 ``seg24_labels.txt`` (``id name R G B A``), and in every folder ``slice_seg4.nii.gz`` and
 ``slice_seg24.nii.gz``. A folder ``BRAIN_03_S08`` is slice S08 of subject BRAIN_03; any other name is a
-subject with one slice. Nothing else is read.
+subject with one slice. ``slice_norm.nii.gz``, the image itself, is optional. Nothing else is read.
 
 Loaded slices have the patient's left at low indices of array axis 0, however they are stored, and the crown at low
 indices of axis 1. The header does not give the direction of axis 0, but the 24 structures do.
@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from pairdiff_core.data.folders import find_folder, random_choice
-from pairdiff_core.data.image_files import read_label_image
+from pairdiff_core.data.image_files import read_image, read_label_image
 from pairdiff_core.errors import DataError
 from pairdiff_core.pairs import PairSet, resize_labels
 
@@ -140,6 +141,32 @@ def _left_is_last(folder: Path, name: str) -> bool:
     sides = (torch.tensor([label.startswith(side) for label in names])[labels.long()] for side in ("Left", "Right"))
     left, right = (side.nonzero()[:, 0].float().mean() for side in sides)
     return not bool(left < right)
+
+
+def load_t1(folder: Path, names: Sequence[str], spatial: Sequence[int]) -> torch.Tensor | None:
+    """The T1 images ``slice_norm.nii.gz`` of some slices, float (S, 1, *spatial), 0 to 1, side as in the label maps.
+
+    neurite-oasis stores them from 0 to 1; other ranges are divided by the largest value of all slices. They are resized
+    by averaging or linear interpolation. None if a slice has no such file.
+
+    Raises:
+        DataError: if a file is not a readable image of one slice, or sizes differ.
+    """
+    files = [folder / name / "slice_norm.nii.gz" for name in names]
+    if not all(file.is_file() for file in files):
+        return None
+    images = []
+    for file in files:
+        values = torch.from_numpy(np.asarray(read_image(file)[0], np.float32)).squeeze()  # (H, W, 1) -> (H, W)
+        if values.dim() != 2 or (images and values.shape != images[0].shape):
+            expected = tuple(images[0].shape) if images else "(H, W) or (H, W, 1)"
+            raise DataError(f"{file} has shape {tuple(values.shape)}; expected one slice, {expected}. Remove it.")
+        images.append(values)
+    stacked = torch.stack(images)[:, None].clamp_min(0)
+    if _left_is_last(folder, names[0]):
+        stacked = stacked.flip(2)
+    stacked = F.interpolate(stacked, size=tuple(spatial), mode="bilinear", antialias=True, align_corners=False)
+    return (stacked / stacked.max().clamp_min(1)).clamp(0, 1)
 
 
 def load_subjects(

@@ -1,10 +1,11 @@
-"""Measures of registration, of codebook use, and of synthetic pairs against real ones.
+"""Measures of registration, of codebook use, and of synthetic pairs and images against real ones.
 
 All take tensors, 2D or 3D, and return tensors, named tuples, or dicts of numbers that fit into JSON. N, M are numbers
 of pairs, I of images in each (2, or 1 for single images), D of axes, and C of labels, the background included.
 """
 
 from .codebook import CodebookUse, codebook_statistics, codebook_use
+from .images import compare_images, image_distances, multiscale_ssim, similarity_of_samples
 from .memorisation import CLOSE, MemorisationAudit, memorisation_audit, pair_distances
 from .realism import (
     compare_areas,

@@ -1,6 +1,15 @@
-"""The method as a pipeline: a run, its models, its five stages, and measuring it."""
+"""The method as a pipeline: a run, its models, its five stages, measuring it, and the stages of image diffusion."""
 
 from .describe import audit_after_registration, describe_denoiser, describe_synthetic, describe_vqae
+from .image_stages import (
+    T1Images,
+    encode_training_images,
+    run_image_stages,
+    sample_latents,
+    t1_images,
+    train_kl_autoencoder,
+    train_latent_denoiser,
+)
 from .measure import keep_measured, measure, methods, read_measured
 from .models import (
     Trained,
@@ -10,6 +19,8 @@ from .models import (
     find_model,
     load_model,
     new_denoiser,
+    new_kl_autoencoder,
+    new_latent_unet,
     new_registration,
     new_vqae,
     pretrained_models,

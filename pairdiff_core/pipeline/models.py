@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from pairdiff_core.absorbing import Denoiser
-from pairdiff_core.errors import CheckpointError
+from pairdiff_core.errors import CheckpointError, DataError
+from pairdiff_core.latent_diffusion import KLAutoencoder, new_unet
 from pairdiff_core.pipeline.run import Run, open_run
 from pairdiff_core.profiles import Profile, trained_settings
 from pairdiff_core.registration import RegistrationNetwork
@@ -39,10 +41,29 @@ def new_registration(profile: Profile) -> RegistrationNetwork:
     return RegistrationNetwork(profile.registration, profile.spatial_dims, profile.num_labels - 1)
 
 
+def new_kl_autoencoder(profile: Profile) -> KLAutoencoder:
+    """The untrained autoencoder of grey slices of a profile.
+
+    Raises:
+        DataError: for a profile of volumes.
+    """
+    if profile.kl_autoencoder is None:
+        raise DataError("diffusion on images has settings for slices only; choose the data set phantom2d or oasis2d")
+    return KLAutoencoder(profile.kl_autoencoder, profile.spatial_dims)
+
+
+def new_latent_unet(profile: Profile, stage: str) -> nn.Module:
+    """The untrained U-Net of one of the stages "gaussian_denoiser" and "rectified_flow" of a profile."""
+    return new_unet(getattr(profile, stage), profile.kl_autoencoder.latent_channels, profile.spatial_dims)
+
+
 NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
     "vqae": new_vqae,
     "denoiser": new_denoiser,
     "registration": new_registration,
+    "kl_autoencoder": new_kl_autoencoder,
+    "gaussian_denoiser": partial(new_latent_unet, stage="gaussian_denoiser"),
+    "rectified_flow": partial(new_latent_unet, stage="rectified_flow"),
 }
 
 

@@ -1,0 +1,156 @@
+"""The stages of diffusion on grey slices: autoencoder, latents, and two denoisers of latents.
+
+They load or make their results as the five stages of the method do, in the same run folder. Images are the measured T1
+slices if the data set has them, else T1-like ones that are drawn from freshly warped label maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from pairdiff_core import latent_diffusion
+from pairdiff_core.augmentation import WarpedPairs
+from pairdiff_core.data.contrasts import draw_images, measured_t1
+from pairdiff_core.pairs import PairSet
+from pairdiff_core.pipeline.models import Trained, new_kl_autoencoder
+from pairdiff_core.pipeline.run import Run
+from pairdiff_core.pipeline.stages import Training, load_or_make, load_or_train, load_pretrained
+from pairdiff_core.profiles import IMAGE_STAGES
+from pairdiff_core.storage import fingerprint
+from pairdiff_core.training import Samples, best_device
+
+SHARD = 64  # images that are encoded together
+STAGE_OF = {"ddpm": "gaussian_denoiser", "ddim": "gaussian_denoiser", "rflow": "rectified_flow"}  # by sampler
+
+
+@dataclass(frozen=True, eq=False)
+class T1Images:
+    """T1 images of some pairs of slices, measured or drawn.
+
+    Attributes:
+        run: gives labels and warps.
+        pairs: whose images are used.
+        measured: float (S, 1, *spatial), 0 to 1; None: images are drawn from the pairs' label maps.
+    """
+
+    run: Run
+    pairs: PairSet
+    measured: torch.Tensor | None
+
+    def inputs(self) -> dict[str, Any]:
+        """What they depend on, for a checkpoint."""
+        used = {"pairs": self.pairs.labels} if self.measured is None else {"images": self.measured}
+        return {name: fingerprint(tensor) for name, tensor in used.items()}
+
+    def batches(self, pairs: int, purpose: str) -> Callable[[int], torch.Tensor]:
+        """From the number of a step to float (2 * ``pairs``, 1, *spatial), 0 to 1, which depend on it and a purpose."""
+        seed = self.run.seed_of(purpose)
+        if self.measured is not None:
+            images = Samples(len(self.measured), 2 * pairs, seed)
+            return lambda step: self.measured[images.chosen(step)]
+        samples = Samples(len(self.pairs), pairs, seed)
+        warped = WarpedPairs(self.pairs.labels, samples, self.run.profile.vqae.augmentation)
+
+        def drawn(step: int) -> torch.Tensor:
+            generators = [each for each in samples.generators(step, "image") for _ in range(2)]
+            labels = warped(step).flatten(0, 1)  # (pairs, 2, *s) -> (2 pairs, *s)
+            return draw_images(labels, "T1", self.pairs.num_labels, generators)
+
+        return drawn
+
+    def some(self, number: int, purpose: str) -> torch.Tensor:
+        """``number`` images, float (number, 1, *spatial), the same for the same purpose."""
+        return self.batches(-(-number // 2), purpose)(0)[:number]
+
+
+def t1_images(run: Run, pairs: PairSet) -> T1Images:
+    """The T1 images of the training or the validation pairs of a run.
+
+    Raises:
+        DataError: if data are missing or a file is unsuitable.
+    """
+    return T1Images(run, pairs, measured_t1(pairs, run.dataset, run.data))
+
+
+def train_kl_autoencoder(run: Run) -> Trained:
+    """The autoencoder of T1 images; its history holds both parts of the loss."""
+    if pretrained := load_pretrained(run, "kl_autoencoder"):
+        return pretrained
+    settings, images = run.profile.kl_autoencoder, t1_images(run, run.train)
+    loss = partial(latent_diffusion.autoencoder_loss, kl_weight=settings.kl_weight)
+    batches = images.batches(settings.batch, "kl_autoencoder")
+    return load_or_train(run, Training("kl_autoencoder", images.inputs(), loss, batches))
+
+
+def encode_training_images(run: Run, autoencoder: Trained) -> torch.Tensor:
+    """Latents float (N, C, *grid) of training images, on which the diffusion learns."""
+    images, number = t1_images(run, run.train), run.profile.kl_autoencoder.latents
+    batches = images.batches(SHARD // 2, "latents")
+
+    def encode(shard: int) -> torch.Tensor:
+        return autoencoder.model.encode(batches(shard)[: number - shard * SHARD])
+
+    inputs = images.inputs() | {"autoencoder": autoencoder.fingerprint, "latents": number}
+    return load_or_make(run, "latents", inputs, encode, -(-number // SHARD))
+
+
+def train_latent_denoiser(run: Run, latents: torch.Tensor, stage: str) -> Trained:
+    """A U-Net on latents (N, C, *grid).
+
+    Args:
+        stage: "gaussian_denoiser", which predicts velocities, or "rectified_flow", which predicts directions.
+    """
+    if pretrained := load_pretrained(run, stage):
+        return pretrained
+    settings = getattr(run.profile, stage)
+    samples = Samples(len(latents), settings.batch, run.seed_of(stage))
+    loss = {"gaussian_denoiser": latent_diffusion.velocity_loss, "rectified_flow": latent_diffusion.flow_loss}[stage]
+
+    def batch(step: int) -> latent_diffusion.Batch:
+        generators = samples.generators(step, "noise")
+        return latent_diffusion.training_batch(latents[samples.chosen(step)], settings.timesteps, generators)
+
+    loss = partial(loss, timesteps=settings.timesteps)
+    return load_or_train(run, Training(stage, {"latents": fingerprint(latents)}, loss, batch))
+
+
+def sample_latents(run: Run, denoiser: Trained, sampler: str, number: int) -> torch.Tensor:
+    """Latents float (number, C, *grid) of new images; no data are needed.
+
+    Args:
+        sampler: "ddpm", which takes all timesteps of the training, "ddim" or "rflow".
+    """
+    settings, device = getattr(run.profile, STAGE_OF[sampler]), best_device()
+    grid = new_kl_autoencoder(run.profile).latent_grid(run.profile.spatial)
+    steps = None if sampler == "ddpm" else settings.sampling_steps
+    scheduler = latent_diffusion.new_scheduler(sampler, settings.timesteps, steps)
+    shape = (number, run.profile.kl_autoencoder.latent_channels, *grid)
+    return latent_diffusion.sample(denoiser.model, shape, scheduler, run.generator(sampler, device)).cpu()
+
+
+class ImageStageResults(NamedTuple):
+    """Results of the stages of diffusion on images; None if not requested."""
+
+    autoencoder: Trained
+    latents: torch.Tensor | None
+    denoisers: dict[str, Trained]  # by stage
+
+
+def run_image_stages(run: Run, last: str = "rectified_flow") -> ImageStageResults:
+    """Run, or load, the stages of diffusion on images in their order, up to the ``last`` of ``IMAGE_STAGES``.
+
+    Raises:
+        CheckpointError, Paused: as :func:`load_or_train`.
+        DataError: for volumes.
+    """
+    new_kl_autoencoder(run.profile)  # a profile without it is refused before a folder is made
+    number = IMAGE_STAGES.index(last)
+    autoencoder = train_kl_autoencoder(run)
+    latents = encode_training_images(run, autoencoder) if number >= 1 else None
+    denoisers = {stage: train_latent_denoiser(run, latents, stage) for stage in IMAGE_STAGES[2 : number + 1]}
+    return ImageStageResults(autoencoder, latents, denoisers)
