@@ -190,7 +190,7 @@ class Profile:
 
 
 _QUICK_DIFFUSION = DiffusionSettings(
-    channels=(16, 32, 64), timesteps=100, steps=300, batch=4, learning_rate=3e-3, average=0.98, sampling_steps=20
+    channels=(16, 32, 64), timesteps=60, steps=220, batch=4, learning_rate=3e-3, average=0.98, sampling_steps=20
 )
 
 _QUICK_2D = Profile(
@@ -225,7 +225,7 @@ _QUICK_2D = Profile(
         baseline=tuple(Level(scale=scale, control=1, steps=25, learning_rate=0.1) for scale in (8, 4, 2)),
     ),
     kl_autoencoder=KLAutoencoderSettings(
-        channels=(8, 16, 32), latent_channels=4, kl_weight=1e-4, latents=512, steps=260, batch=1, learning_rate=5e-3
+        channels=(8, 16, 32), latent_channels=4, kl_weight=1e-4, latents=448, steps=240, batch=1, learning_rate=5e-3
     ),
     gaussian_denoiser=_QUICK_DIFFUSION,
     rectified_flow=_QUICK_DIFFUSION,
