@@ -135,14 +135,15 @@ def fill_in_run_times(app: Sphinx, doctree: nodes.document, docname: str) -> Non
     """Replace each `RunTimes` by the table, once all chapters have run."""
     env = app.env
     ran = NbMetadataCollector.get_doc_data(env)
+    numbers = {name: env.toc_secnumbers.get(name, {}).get("", ()) for name in ran}
     for placeholder in list(doctree.findall(RunTimes)):
         rows: list[tuple[nodes.Node | str, str]] = []
         total = 0.0
-        for name in sorted(ran):
+        for name in sorted(ran, key=numbers.get):
             seconds = (ran[name].get("exec_data") or {}).get("runtime")
             if seconds is None or not name.startswith("notebooks/"):
                 continue
-            number = ".".join(map(str, env.toc_secnumbers.get(name, {}).get("", ())))
+            number = ".".join(map(str, numbers[name]))
             title = f"{number}. {env.titles[name].astext()}".removeprefix(". ")
             address = app.builder.get_relative_uri(docname, name)
             rows.append((nodes.reference("", title, internal=True, refuri=address), f"{seconds:.0f} s"))
