@@ -106,7 +106,9 @@ def with_splits(pairs: Sequence[PairFiles]) -> list[PairFiles]:
     if pairs[0].split:
         for split in SPLITS[:2]:
             if not any(pair.split == split for pair in pairs):
-                raise DataError(f"no pair has the split {split!r}. Training needs pairs of both splits: {SPLITS[:2]}.")
+                raise DataError(
+                    f"no pair has the split {split!r}. Training needs pairs of both splits: {' and '.join(SPLITS[:2])}."
+                )
         return list(pairs)
     files = {file: index for index, file in enumerate(dict.fromkeys(_real(f) for pair in pairs for f in pair[:2]))}
     ends = np.array([[files[_real(file)] for file in pair[:2]] for pair in pairs]).T

@@ -83,7 +83,7 @@ def fit_together(
     one = common_grid.same_spacing(spacings, spacings[:1])
     spacing = np.array(spacing) if spacing else spacings[0] if one else np.median(spacings, axis=0)
     scaled = [common_grid.at_spacing(image, spacing, num_labels) for image in turned]
-    shapes = np.array([image.shape[:dims] for image in scaled])
+    shapes = shapes_of(scaled, dims)
     wanted = tuple(size or shapes.max(0).tolist())
     grid = trainable_grid(profile, wanted)
     images = [common_grid.on_grid(image, grid) for image in scaled]
