@@ -89,6 +89,19 @@ def test_code_of_chapters_fits_a_page(chapter: Path) -> None:
     assert not wide
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapters_are_short_enough_to_read_at_once(chapter: Path) -> None:
+    folded = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+    cells = jupytext.read(chapter).cells
+    code = [cell for cell in cells if cell.cell_type == "code" and not folded & set(cell.metadata.get("tags", ()))]
+    lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
+    assert len(lines) <= 150, f"{len(lines)} visible lines of code; CONTRIBUTING.md allows 150"
+    text = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    prose = re.sub(r"\$\$.*?\$\$|```.*?```", " ", text, flags=re.DOTALL)  # without formulas, commands and solutions
+    words = sum(bool(re.search("[A-Za-z]", word)) for word in prose.split())
+    assert words <= 2200, f"{words} words; CONTRIBUTING.md allows 2,200"
+
+
 # Pages that need no network.
 
 LOADED = {
