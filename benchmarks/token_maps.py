@@ -53,6 +53,19 @@ def read_token_maps(folder: Path) -> dict[str, torch.Tensor]:
     return dict(zip(cases, tokens.unique(return_inverse=True)[1], strict=True))
 
 
+def explained(tokens: torch.Tensor, share: torch.Tensor) -> float:
+    """R2 of the share of vessel in each cell (L,) as a function of its token (L,): the mean of the cells with it."""
+    cells = tokens.bincount().clamp_min(1)
+    mean = torch.zeros(len(cells)).index_add(0, tokens, share) / cells
+    return float(1 - (share - mean[tokens]).var() / share.var())
+
+
+def match(maps: torch.Tensor, labels: torch.Tensor) -> list[list[float]]:
+    """:func:`explained` for each of the pairs (N, 2, *spatial) by each of the token maps (M, *GRID), N lists of M."""
+    shares = F.avg_pool3d((labels > 0).float().mean(1, keepdim=True), CELL).flatten(1)  # (N, 1, *GRID) -> (N, L)
+    return [[explained(each, share) for each in maps.flatten(1)] for share in shares]
+
+
 class ResidualBlock(nn.Module):
     """Adds two convolutions of a normalised grid to it."""
 
@@ -232,7 +245,10 @@ def measure(run: Run) -> dict[str, Any]:
         "sampled": sampled[:SHOWN, 0],
     }  # fmt: skip
     return {
+        "cases": cases,
+        "known": known,
         "codes": codes,
+        "match": match(tokens, pairs.labels),
         "entropy": float(entropy) / float(torch.tensor(2.0).log()),
         "dice": {"seen": dice[seen].mean(0).tolist(), "left_out": dice[left].mean(0).tolist()},
         "points": points_on_vessels(folder, dict(zip(cases, everyone[:, 0], strict=True)), known),

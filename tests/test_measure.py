@@ -8,6 +8,7 @@ import pytest
 
 from pairdiff_core import pipeline, registration, vqae
 from pairdiff_core.augmentation import augment
+from pairdiff_core.pipeline.measure import errors_on_phantoms
 from pairdiff_core.profiles import Level
 from pairdiff_core.registration import register
 from pairdiff_core.storage import write_json
@@ -21,6 +22,8 @@ def test_the_summary_comes_from_the_tables(measured):
     summary, row = measured["summary"], rows(measured)
     gain = [row[name]["dice"] - row["before"]["dice"] for name in ("synthetic", "real")]
     assert summary["gain_synthetic_over_real"] == pytest.approx(gain[0] / gain[1])
+    lower = [row["before"]["tre_mm"] - row[name]["tre_mm"] for name in ("synthetic", "real")]
+    assert summary["gain_synthetic_over_real_tre"] == pytest.approx(lower[0] / lower[1])
     assert summary["vqae_dice"] == measured["vqae"]["validation"]["dice"]
     assert summary["bits_per_token"] == measured["denoiser"]["validation"]["bits_per_token"]
     assert summary["dice_network_synthetic"] == row["synthetic"]["dice"]
@@ -34,6 +37,12 @@ def test_the_summary_comes_from_the_tables(measured):
     assert summary["seconds_network_synthetic_instance"] == row["synthetic + instance"]["seconds_per_pair"]
     assert summary["inverse_consistency_error"] == row["synthetic"]["inverse_consistency_error"]
     assert summary["network_used_as_start"] == row["synthetic + instance"]["used_as_start"] <= 6
+
+
+def test_networks_of_brains_are_measured_at_landmarks_of_phantoms(trained, measured):
+    errors = errors_on_phantoms(trained[0], trained[1].networks)
+    networks = ["real", "real, warped", "synthetic", "synthetic, warped"]
+    assert errors == {name: pytest.approx(rows(measured)[name]["tre_mm"]) for name in ["before", *networks]}
 
 
 def test_every_network_stands_without_and_with_instance_optimisation(measured):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pairdiff_core.data import data_files
+from pairdiff_core.data import data_files, load_pairs
 from pairdiff_core.pairs import pack_labels
 from pairdiff_core.pipeline.describe import (
     audit_after_registration,
@@ -87,8 +87,8 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
 
     Returns:
         ``summary`` (the numbers that the text quotes), ``registration`` (one row per method), ``vqae``, ``denoiser``,
-        ``synthetic``, ``gallery``, ``partners`` (if the denoiser may be given fixed images), ``histories``,
-        ``pictures``, ``stages`` (seconds and machine of each), ``provenance``.
+        ``synthetic``, ``gallery``, ``partners`` (if the denoiser may be given fixed images), ``phantoms`` (for OASIS:
+        landmark errors there), ``histories``, ``pictures``, ``stages`` (seconds and machine of each), ``provenance``.
     """
     made = made or run_stages(run)
     autoencoder, denoiser, synthetic = made.autoencoder, made.denoiser, made.synthetic
@@ -134,6 +134,9 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
     measured["gallery"] = once("gallery", made_from, gallery, run, autoencoder, synthetic)
     if denoiser.model.given is not None:
         measured["partners"] = once("partners", made_from, describe_partners, run, autoencoder, denoiser)
+    if run.dataset == "oasis2d":
+        used = [network.fingerprint for network in made.networks.values()]
+        measured["phantoms"] = once("phantoms", used, errors_on_phantoms, run, made.networks)
     models = {"vqae": autoencoder, "denoiser": denoiser, **made.networks}
     measured["histories"] = {name: model.history for name, model in models.items()}
     some = run.validation[: SHOWN[run.profile.spatial_dims]]
@@ -145,6 +148,16 @@ def measure(run: Run, made: StageResults | None = None) -> dict[str, Any]:
     spent = [time.perf_counter() - started, *(stage["seconds"] for stage in measured["stages"].values())]
     made_by["wall_seconds"] = sum(spent)
     return {"summary": _quoted(measured), **measured, "provenance": made_by}
+
+
+def errors_on_phantoms(run: Run, networks: dict[str, Trained]) -> dict[str, float]:
+    """Mean TRE in mm on phantom brains, whose landmarks are known, by method: "before", and the networks alone."""
+    phantoms = load_pairs("phantom2d", "validation", run.profile)
+    alone = {name: method for name, (method, _) in methods(run.profile, networks).items() if name in networks}
+    return {
+        name: summarise(list(evaluate(phantoms, method)), phantoms.label_names)["tre_mm"]
+        for name, method in {"before": None, **alone}.items()
+    }
 
 
 def keep_measured(run: Run, measured: dict[str, Any]) -> None:
@@ -210,6 +223,10 @@ def _quoted(measured: dict[str, Any]) -> dict[str, float | None]:
         "audit_closer_percent": 100 * found["memorisation"]["registered images"]["closer"],
         "pair_overlap_shift": reconstructed["pair_dice_decoded"] - reconstructed["pair_dice_real"],
     }
+    errors = measured.get("phantoms") or {name: row["tre_mm"] for name, row in rows.items() if "tre_mm" in row}
+    if errors:
+        real, synthetic = (errors["before"] - errors[name] for name in ("real", "synthetic"))
+        summary["gain_synthetic_over_real_tre"] = synthetic / real if real else None
     network = "real, motion" if "real, motion" in rows else "synthetic"
     summary["network_used_as_start"] = rows[f"{network} + instance"]["used_as_start"]
     return summary | {name: rows[network][name] for name in ("folding_percent", "inverse_consistency_error", "hd95_mm")}
