@@ -75,11 +75,11 @@ def main() -> None:
         for seed in chosen.seeds:
             folder = chosen.runs / f"seed{seed}"
             run = Run("lung250m", get_profile("laptop", 3), seed=seed, folder=folder, data=chosen.data)
-            new = measure(run, pairs, name)
-            again = {(row["seed"], row["method"]) for row in new}
-            rows = [row for row in rows if (row["seed"], row["method"]) not in again] + new
             used = {"train": fingerprint(run.train.labels), "validation": fingerprint(run.validation.labels)}
             made_by = provenance("laptop", seed, best_device(), used)
+            new = [row | {"commit": made_by["commit"], "date": made_by["date"]} for row in measure(run, pairs, name)]
+            again = {(row["seed"], row["method"]) for row in new}
+            rows = [row for row in rows if (row["seed"], row["method"]) not in again] + new
             seeds = sorted({row["seed"] for row in rows})
             write_json(chosen.json, {"rows": rows, "provenance": made_by | {"seeds": seeds}})
 
