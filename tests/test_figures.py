@@ -600,3 +600,20 @@ def test_grey_images_are_drawn_as_they_are_under_their_names():
     shown = axes[0, 1].images[0]
     assert np.array_equal(shown.get_array(), images[1, 0].numpy().T) and shown.get_clim() == (0, 1)
     assert not axes[1, 1].images and not axes[1, 1].axison
+
+
+def test_the_landscape_shows_each_work_once_below_its_task_and_beside_its_equations():
+    works = [
+        ("tokens", "pairs", "ours", True),
+        ("noise", "pairs", "theirs", False),
+        ("noise", "copies", "other", False),
+    ]
+    (ax,) = figures.landscape_figure([*works, ("noise", "copies", "more", False)]).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["pairs", "copies"]
+    at = {text.get_text(): (*text.get_position(), to_hex(text.get_color())) for text in ax.texts}
+    assert set(at) == {"tokens", "noise", "ours", "theirs", "other", "more"}
+    assert at["ours"][2] == to_hex(style.GREEN) != at["theirs"][2]
+    assert int(at["theirs"][0]) == int(at["ours"][0]) == 0 and int(at["other"][0]) == 1
+    border = ax.lines[1].get_ydata()[0]  # between the two rows; y points down
+    assert at["ours"][1] < border < min(at[name][1] for name in ("theirs", "other", "more"))
+    assert at["other"][1] < at["more"][1], "works of one cell are below each other"
