@@ -6,7 +6,15 @@ one that a cell returns only once.
 """
 
 from .animations import player, rotation_animation, slices_animation, slices_widget, unmasking_animation, warp_animation
-from .curves import area_figure, codebook_figure, dice_figure, error_curves_figure, memorisation_figure, training_curve
+from .curves import (
+    area_figure,
+    codebook_figure,
+    dice_figure,
+    error_curves_figure,
+    memorisation_figure,
+    steps_figure,
+    training_curve,
+)
 from .images import images_figure
 from .landscape import landscape_figure
 from .slices import (

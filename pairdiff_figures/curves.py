@@ -124,3 +124,30 @@ def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     ax.grid()
     ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
     return figure
+
+
+def steps_figure(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]], references: Mapping[str, tuple[str, float]] | None = None
+) -> Figure:
+    """What sampling in few steps costs: one panel per measure, one line per method.
+
+    Args:
+        panels: by measure, then by method, the value at each number of steps. The order of the methods decides their
+            colours and markers, and all panels have the same ones.
+        references: by measure, the name and value of a dashed line.
+    """
+    figure, [axes] = closed_figure(1, len(panels), (4.6 * len(panels), 3.1))
+    seen: set[int] = set()
+    for ax, (measure, methods) in zip(axes, panels.items(), strict=True):
+        for (method, values), (colour, marker) in zip(methods.items(), cycle(METHODS), strict=False):
+            seen |= set(values)
+            ax.plot(list(values), list(values.values()), marker=marker, color=colour, label=method, clip_on=False)
+        if references and measure in references:
+            name, value = references[measure]
+            ax.axhline(value, color=LINES, linewidth=1, linestyle="--", label=name)
+        ax.set(xscale="log", xlabel="steps", ylabel=measure, ylim=(0, None))
+        ax.set_xticks(sorted(seen), map(str, sorted(seen)))
+        ax.minorticks_off()
+        ax.grid()
+    legend_below(figure, columns=4)
+    return figure

@@ -471,6 +471,17 @@ def test_error_curves() -> None:
     assert ax.yaxis.get_major_formatter()(0.5) == "50"
 
 
+def test_steps() -> None:
+    quality = {"a": {1: 0.5, 4: 0.9}, "b": {2: 0.3}}
+    figure = figures.steps_figure({"quality": quality, "coverage": quality}, {"coverage": ("real", 0.8)})
+    left, right = figure.axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[1, 0.5], [4, 0.9]], [[2, 0.3]]]
+    assert [line.get_color().upper() for line in right.lines[:2]] == [METHODS[0][0], METHODS[1][0].upper()]
+    assert len(right.lines) == 3 and right.lines[2].get_ydata()[0] == 0.8
+    assert left.get_xticks().tolist() == right.get_xticks().tolist() == [1, 2, 4]
+    assert (left.get_ylabel(), right.get_ylabel()) == ("quality", "coverage")
+
+
 # ---- animations
 
 
