@@ -170,6 +170,7 @@ class ControlNetSettings:
     batch: int
     learning_rate: float
     average: float  # decay per step of the moving average of the weights
+    sampling_steps: int  # of DDIM
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,10 @@ class Profile:
 _QUICK_DIFFUSION = DiffusionSettings(
     channels=(16, 32, 64), timesteps=60, steps=220, batch=4, learning_rate=3e-3, average=0.98, sampling_steps=20
 )
-_QUICK_CONTROL = ControlNetSettings(embedding=(8, 16, 32), steps=150, batch=4, learning_rate=5e-3, average=0.98)
-_QUICK_IMAGE_UNET = ImageUNetSettings(channels=(8, 16, 32, 32, 32, 8), steps=150, batch=2, learning_rate=5e-3)
+_QUICK_CONTROL = ControlNetSettings(
+    embedding=(8, 16, 32), steps=100, batch=4, learning_rate=5e-3, average=0.98, sampling_steps=10
+)
+_QUICK_IMAGE_UNET = ImageUNetSettings(channels=(8, 16, 32, 32, 32, 8), steps=100, batch=1, learning_rate=5e-3)
 
 _QUICK_2D = Profile(
     name="quick",
@@ -269,7 +272,9 @@ _QUICK_2D = Profile(
 _LAPTOP_DIFFUSION = DiffusionSettings(
     channels=(32, 64, 128), timesteps=1000, steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
 )
-_LAPTOP_CONTROL = ControlNetSettings(embedding=(16, 32, 64), steps=800, batch=4, learning_rate=2e-3, average=0.99)
+_LAPTOP_CONTROL = ControlNetSettings(
+    embedding=(16, 32, 64), steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
+)
 _LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=800, batch=2, learning_rate=2e-3)
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
@@ -339,7 +344,7 @@ _PAPER_DIFFUSION = DiffusionSettings(
     sampling_steps=50,
 )
 _PAPER_CONTROL = ControlNetSettings(
-    embedding=(64, 128, 256), steps=100_000, batch=16, learning_rate=1e-4, average=0.999
+    embedding=(64, 128, 256), steps=100_000, batch=16, learning_rate=1e-4, average=0.999, sampling_steps=50
 )
 _PAPER_IMAGE_UNET = ImageUNetSettings(channels=(32, 32, 64, 128, 256, 32), steps=100_000, batch=8, learning_rate=1e-4)
 

@@ -42,11 +42,11 @@ def small_run(folder, seed=0, saving=None, **changes):
 
 
 def small_image_run(folder, **changes):
-    """The small run with tiny settings of the stages of images."""
-    run = small_run(folder, **changes)
+    """The small run with tiny settings of the stages of images, large enough for MS-SSIM."""
+    run = small_run(folder, **{"spatial": (64, 80)} | changes)
     profile = run.profile
     diffusion = replace(profile.gaussian_denoiser, channels=(4, 8), timesteps=40, steps=6, batch=2, sampling_steps=5)
-    control = replace(profile.controlnet_flair, embedding=(4, 8), steps=6, batch=2)
+    control = replace(profile.controlnet_flair, embedding=(4, 8), steps=6, batch=2, sampling_steps=5)
     plain = replace(profile.translator, channels=(4, 4, 4, 4, 4, 4), steps=6, batch=1)
     profile = replace(
         profile,

@@ -67,13 +67,13 @@ def test_the_conditions_are_of_the_same_slice_or_of_its_partner(images_made, mon
 
 def test_controlled_samples_repeat_and_scale_zero_is_the_unet_alone(images_made):
     run, made = images_made
-    denoiser, control = made.denoisers["gaussian_denoiser"], made.control["controlnet_flair"]
     conditions = torch.rand(3, 1, *run.profile.spatial, generator=torch.Generator().manual_seed(0))
-    found = [pipeline.sample_controlled(run, denoiser, control, conditions, "ddim", scale) for scale in (1.0, 1.0, 0.0)]
+    scales, stage = (1.0, 1.0, 0.0), "controlnet_flair"
+    found = [pipeline.sample_controlled(run, made, stage, conditions, "ddim", scale) for scale in scales]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    torch.testing.assert_close(found[2], pipeline.sample_latents(run, denoiser, "ddim", 3))
-    with pytest.raises(ValueError, match="must be 3 images of 48 x 80"):
-        pipeline.sample_controlled(run, denoiser, control, conditions[..., :40], "ddim")
+    torch.testing.assert_close(found[2], pipeline.sample_latents(run, made.denoisers["gaussian_denoiser"], "ddim", 3))
+    with pytest.raises(ValueError, match="must be 3 images of 64 x 80"):
+        pipeline.sample_controlled(run, made, "controlnet_flair", conditions[..., :40], "ddim")
 
 
 def test_partners_keep_the_fixed_images_of_their_pairs(images_made):

@@ -12,7 +12,7 @@ from pairdiff_core.training import fit
 
 T = 40
 DIFFUSION = replace(get_profile("quick").gaussian_denoiser, channels=(4, 8), timesteps=T)
-SETTINGS = ControlNetSettings(embedding=(4, 8), steps=150, batch=8, learning_rate=1e-2, average=0.0)
+SETTINGS = ControlNetSettings(embedding=(4, 8), steps=150, batch=8, learning_rate=1e-2, average=0.0, sampling_steps=5)
 
 
 def networks(dims=2):

@@ -20,7 +20,7 @@ from pairdiff_core.training import Paused
 
 def test_the_stages_fit_together(images_made):
     run, results = images_made
-    assert results.latents.shape == (70, 2, 24, 40)
+    assert results.latents.shape == (70, 2, 32, 40)
     assert {path.stem for path in run.path.glob("*.safetensors")} == set(IMAGE_STAGES)
     for sampler, stage in (("ddpm", "gaussian_denoiser"), ("ddim", "gaussian_denoiser"), ("rflow", "rectified_flow")):
         latents = pipeline.sample_latents(run, results.denoisers[stage], sampler, 3)

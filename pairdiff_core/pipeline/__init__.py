@@ -3,13 +3,13 @@
 from .control_stages import (
     ImageStageResults,
     draw_partners,
-    one_hot,
     run_image_stages,
     sample_controlled,
     segment,
     train_controlnet,
     train_segmenter,
     train_translator,
+    translate,
 )
 from .describe import audit_after_registration, describe_denoiser, describe_pairs, describe_synthetic, describe_vqae
 from .image_stages import (

@@ -18,7 +18,7 @@ from torch import nn
 
 from pairdiff_core import controlnet, latent_diffusion
 from pairdiff_core.data.contrasts import draw_images
-from pairdiff_core.pairs import PairSet
+from pairdiff_core.pairs import PairSet, one_hot
 from pairdiff_core.pipeline.image_stages import (
     SHARD,
     encode_training_images,
@@ -43,11 +43,6 @@ class Controlled(NamedTuple):
     noise: torch.Tensor
     timesteps: torch.Tensor
     condition: torch.Tensor  # float (N, C, *spatial)
-
-
-def one_hot(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Label maps uint8 (N, *spatial) as a condition, float (N, C, *spatial), 0 or 1."""
-    return F.one_hot(labels.long(), num_labels).movedim(-1, 1).float()
 
 
 def train_controlnet(run: Run, latents: torch.Tensor, denoiser: Trained, stage: str) -> Trained:
@@ -131,31 +126,38 @@ def train_segmenter(run: Run, autoencoder: Trained) -> Trained:
 
 
 @torch.no_grad()
-def apply_in_parts(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def _in_parts(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """The output of a network for any number of images, on the CPU."""
     return torch.cat([model(part.to(best_device())).cpu() for part in images.split(AT_ONCE)])
 
 
+def translate(translator: Trained, images: torch.Tensor) -> torch.Tensor:
+    """T1 images float (N, 1, *spatial), 0 to 1, of FLAIR-like ones of that shape."""
+    return _in_parts(lambda part: translator.model(part).clamp(0, 1), images)
+
+
 def segment(segmenter: Trained, images: torch.Tensor) -> torch.Tensor:
     """Label maps uint8 (N, *spatial) of T1 images float (N, 1, *spatial)."""
-    return apply_in_parts(lambda part: segmenter.model(part).argmax(1).to(torch.uint8), images)
+    return _in_parts(lambda part: segmenter.model(part).argmax(1).to(torch.uint8), images)
 
 
 def sample_controlled(
-    run: Run, denoiser: Trained, control: Trained, conditions: torch.Tensor, purpose: str, scale: float = 1.0
+    run: Run, networks: ImageStageResults, stage: str, conditions: torch.Tensor, purpose: str, scale: float = 1.0
 ) -> torch.Tensor:
     """Latents float (N, L, *grid) under the control of N conditions float (N, C, *spatial), by DDIM.
 
     Args:
+        networks: with the ControlNet of the ``stage``, "controlnet_flair" or "controlnet_fixed".
         purpose: of the noise that they start from: the same gives the same latents.
         scale: see :func:`controlnet.controlled`.
     """
-    settings, device = run.profile.gaussian_denoiser, best_device()
-    grid = new_kl_autoencoder(run.profile).latent_grid(run.profile.spatial)
-    scheduler = latent_diffusion.new_scheduler("ddim", settings.timesteps, settings.sampling_steps)
+    unet, control, device = networks.denoisers["gaussian_denoiser"].model, networks.control[stage].model, best_device()
+    timesteps, steps = run.profile.gaussian_denoiser.timesteps, getattr(run.profile, stage).sampling_steps
+    scheduler = latent_diffusion.new_scheduler("ddim", timesteps, steps)
+    grid = networks.autoencoder.model.latent_grid(run.profile.spatial)
     generator, latents = run.generator(purpose, device), []
     for part in conditions.split(AT_ONCE):
-        steered = controlnet.controlled(denoiser.model, control.model, part.to(device), scale)
+        steered = controlnet.controlled(unet, control, part.to(device), scale)
         shape = (len(part), run.profile.kl_autoencoder.latent_channels, *grid)
         latents.append(latent_diffusion.sample(steered, shape, scheduler, generator).cpu())
     return torch.cat(latents)
@@ -173,8 +175,8 @@ def draw_partners(
     Returns:
         The pairs with the labels of the partners as moving images, and the partners themselves, float (N, 1, *spatial).
     """
-    steered = networks.denoisers["gaussian_denoiser"], networks.control["controlnet_fixed"]
-    latents = sample_controlled(run, *steered, one_hot(pairs.fixed, pairs.num_labels), "partners", scale)
+    conditions = one_hot(pairs.fixed, pairs.num_labels)
+    latents = sample_controlled(run, networks, "controlnet_fixed", conditions, "partners", scale)
     images = networks.autoencoder.model.decode(latents)
     labels = torch.stack([pairs.fixed, segment(networks.plain["segmenter"], images)], 1)  # (N, 2, *spatial)
     names = tuple(f"{name.split('~')[0]}~partner_{number:04d}" for number, name in enumerate(pairs.names))

@@ -23,6 +23,7 @@ COMPARED, COMPARED_VOXELS = 48, 2**27  # limits for comparing displacements: pai
 GALLERY = 24  # synthetic images that are stored as pictures
 PARTNERS = 6  # moving images that are drawn for one fixed image
 CANDIDATES = 3  # training images that are registered to each image of the audit after registration
+REGISTERED = 16  # pairs of a set whose displacement is found
 BITS_PAIRS = 64  # largest number of pairs whose bits per token are measured
 
 
@@ -168,10 +169,10 @@ def describe_pairs(run: Run, pairs: PairSet) -> dict[str, float]:
 
     Returns:
         ``dice``, of fixed and moving image; ``displacement_mm``, the mean length of the displacement by the baseline
-        at the structures of the fixed image, over at most 48 pairs; ``area_error``, the mean over structures of the
+        at the structures of the fixed image, over at most 16 pairs; ``area_error``, the mean over structures of the
         difference between the mean areas of moving and of real training images, as a share of the latter.
     """
-    some = pairs[:: -(-len(pairs) // _compared(run))]
+    some = pairs[:: -(-len(pairs) // REGISTERED)]
     moved, mm = (
         register(some, run.profile).displacement,
         torch.tensor(pairs.spacing).reshape(-1, *[1] * len(pairs.spatial)),
