@@ -53,10 +53,11 @@ def train_controlnet(run: Run, latents: torch.Tensor, denoiser: Trained, stage: 
         stage: "controlnet_flair", conditioned on a FLAIR-like image of the same slice, or "controlnet_fixed", on the
             label map of the other image of the pair.
     """
+    unet = denoiser.model.requires_grad_(False)
     if pretrained := load_pretrained(run, stage):
         return pretrained
     settings, timesteps = getattr(run.profile, stage), run.profile.gaussian_denoiser.timesteps
-    images, num_labels, unet = t1_images(run, run.train), run.profile.num_labels, denoiser.model.requires_grad_(False)
+    images, num_labels = t1_images(run, run.train), run.profile.num_labels
     samples = Samples(len(latents), settings.batch, run.seed_of(stage))
 
     @cache  # a finished stage needs no labels
