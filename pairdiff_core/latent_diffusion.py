@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pairdiff_core.profiles import DiffusionSettings, KLAutoencoderSettings
+from pairdiff_core.profiles import GROUPS, DiffusionSettings, KLAutoencoderSettings
 
 if TYPE_CHECKING:
     from monai.networks.nets import DiffusionModelUNet
     from monai.networks.schedulers.scheduler import Scheduler
 
 SAMPLERS = ("ddpm", "ddim", "rflow")
-GROUPS = 4  # of group normalisation
 IMAGES_AT_ONCE = 32  # encoded or decoded together, which limits the memory
 MOMENTUM = 0.02  # share of a batch in the running mean and variance of the latents
 

@@ -16,7 +16,11 @@ DATASETS = {"phantom2d": 2, "oasis2d": 2, "phantom3d": 3, "lung250m": 3}  # name
 OWN = "own"  # the data set that `pairdiff prepare` makes; it has any grid and any labels
 SPLITS = ("train", "validation", "test")
 STAGES = ("vqae", "tokens", "denoiser", "synthesis", "registration")  # in the order in which they run
-IMAGE_STAGES = ("kl_autoencoder", "latents", "gaussian_denoiser", "rectified_flow")  # of grey slices, in their order
+IMAGE_STAGES = (  # of grey slices, in their order
+    *("kl_autoencoder", "latents", "gaussian_denoiser", "rectified_flow"),
+    *("controlnet_flair", "controlnet_fixed", "translator", "segmenter"),
+)
+GROUPS = 4  # of group normalisation in the networks of image diffusion
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,28 @@ class DiffusionSettings:
     sampling_steps: int  # of DDIM and of rectified flow
 
 
+@dataclass(frozen=True)
+class ControlNetSettings:
+    """A ControlNet beside the U-Net of the diffusion, of whose size it is, and its training."""
+
+    embedding: tuple[int, ...]  # channels of the layers that the condition passes; each but the first halves its grid
+    steps: int
+    batch: int
+    learning_rate: float
+    average: float  # decay per step of the moving average of the weights
+    sampling_steps: int  # of DDIM
+
+
+@dataclass(frozen=True)
+class ImageUNetSettings:
+    """A plain U-Net from grey slices to grey slices or labels, and its training."""
+
+    channels: tuple[int, ...]  # of MONAI's BasicUNet
+    steps: int
+    batch: int  # pairs, of which both images are used
+    learning_rate: float
+
+
 # A network may be used with other values of these than it was trained with: its weights do not depend on them, or the
 # value is among its recorded inputs (breathing).
 AFTER_TRAINING = (
@@ -179,9 +205,13 @@ class Profile:
     synthesis: SynthesisSettings
     registration: RegistrationSettings
     mixed_precision: tuple[str, ...] = ()  # stages that are safe in bfloat16
-    kl_autoencoder: KLAutoencoderSettings | None = None  # these three are for slices only
+    kl_autoencoder: KLAutoencoderSettings | None = None  # these seven are for slices only
     gaussian_denoiser: DiffusionSettings | None = None
     rectified_flow: DiffusionSettings | None = None
+    controlnet_flair: ControlNetSettings | None = None
+    controlnet_fixed: ControlNetSettings | None = None
+    translator: ImageUNetSettings | None = None
+    segmenter: ImageUNetSettings | None = None
 
     @property
     def spatial_dims(self) -> int:
@@ -192,6 +222,10 @@ class Profile:
 _QUICK_DIFFUSION = DiffusionSettings(
     channels=(16, 32, 64), timesteps=60, steps=220, batch=4, learning_rate=3e-3, average=0.98, sampling_steps=20
 )
+_QUICK_CONTROL = ControlNetSettings(
+    embedding=(8, 16, 32), steps=100, batch=4, learning_rate=5e-3, average=0.98, sampling_steps=10
+)
+_QUICK_IMAGE_UNET = ImageUNetSettings(channels=(8, 16, 32, 32, 32, 8), steps=100, batch=1, learning_rate=5e-3)
 
 _QUICK_2D = Profile(
     name="quick",
@@ -229,11 +263,19 @@ _QUICK_2D = Profile(
     ),
     gaussian_denoiser=_QUICK_DIFFUSION,
     rectified_flow=_QUICK_DIFFUSION,
+    controlnet_flair=_QUICK_CONTROL,
+    controlnet_fixed=_QUICK_CONTROL,
+    translator=_QUICK_IMAGE_UNET,
+    segmenter=_QUICK_IMAGE_UNET,
 )
 
 _LAPTOP_DIFFUSION = DiffusionSettings(
     channels=(32, 64, 128), timesteps=1000, steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
 )
+_LAPTOP_CONTROL = ControlNetSettings(
+    embedding=(16, 32, 64), steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
+)
+_LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=800, batch=2, learning_rate=2e-3)
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
 
@@ -285,6 +327,10 @@ _LAPTOP_2D = Profile(
     ),
     gaussian_denoiser=_LAPTOP_DIFFUSION,
     rectified_flow=_LAPTOP_DIFFUSION,
+    controlnet_flair=_LAPTOP_CONTROL,
+    controlnet_fixed=_LAPTOP_CONTROL,
+    translator=_LAPTOP_IMAGE_UNET,
+    segmenter=_LAPTOP_IMAGE_UNET,
 )
 
 # Sizes as in MONAI's tutorials on latent diffusion; no network for these slices has been published.
@@ -297,6 +343,10 @@ _PAPER_DIFFUSION = DiffusionSettings(
     average=0.999,
     sampling_steps=50,
 )
+_PAPER_CONTROL = ControlNetSettings(
+    embedding=(64, 128, 256), steps=100_000, batch=16, learning_rate=1e-4, average=0.999, sampling_steps=50
+)
+_PAPER_IMAGE_UNET = ImageUNetSettings(channels=(32, 32, 64, 128, 256, 32), steps=100_000, batch=8, learning_rate=1e-4)
 
 _PAPER_2D = Profile(
     name="paper",
@@ -349,6 +399,10 @@ _PAPER_2D = Profile(
     ),
     gaussian_denoiser=_PAPER_DIFFUSION,
     rectified_flow=_PAPER_DIFFUSION,
+    controlnet_flair=_PAPER_CONTROL,
+    controlnet_fixed=_PAPER_CONTROL,
+    translator=_PAPER_IMAGE_UNET,
+    segmenter=_PAPER_IMAGE_UNET,
 )
 
 # The 3D profiles.

@@ -155,6 +155,17 @@ def measured(trained: tuple) -> dict:
 
 
 @pytest.fixture(scope="session")
+def images_made(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """A small run after all stages of images, and their results: (Run, ImageStageResults). Tests must not change it."""
+    from small_run import small_image_run
+
+    from pairdiff_core import pipeline
+
+    run = small_image_run(tmp_path_factory.mktemp("images"))
+    return run, pipeline.run_image_stages(run)
+
+
+@pytest.fixture(scope="session")
 def trained_3d(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """The small run on phantom lungs with one registration network, "synthetic": (Run, Trained); read only."""
     from small_run import small_run_3d

@@ -41,6 +41,26 @@ def small_run(folder, seed=0, saving=None, **changes):
     return replace(run, saving=saving) if saving else run
 
 
+def small_image_run(folder, **changes):
+    """The small run with tiny settings of the stages of images, large enough for MS-SSIM."""
+    run = small_run(folder, **{"spatial": (64, 80)} | changes)
+    profile = run.profile
+    diffusion = replace(profile.gaussian_denoiser, channels=(4, 8), timesteps=40, steps=6, batch=2, sampling_steps=5)
+    control = replace(profile.controlnet_flair, embedding=(4, 8), steps=6, batch=2, sampling_steps=5)
+    plain = replace(profile.translator, channels=(4, 4, 4, 4, 4, 4), steps=6, batch=1)
+    profile = replace(
+        profile,
+        kl_autoencoder=replace(profile.kl_autoencoder, channels=(4, 8), latent_channels=2, latents=70, steps=6),
+        gaussian_denoiser=diffusion,
+        rectified_flow=diffusion,
+        controlnet_flair=control,
+        controlnet_fixed=control,
+        translator=plain,
+        segmenter=plain,
+    )
+    return replace(run, profile=profile)
+
+
 def small_run_3d(folder, seed=0):
     """The same on phantom lungs at the quick size, with an autoencoder trained on patches."""
     quick = get_profile("quick", 3)

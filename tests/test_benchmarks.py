@@ -1,6 +1,7 @@
 """The benchmarks: both sides do the same work, and the numbers are right. Nothing is timed here."""
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -11,8 +12,8 @@ import torch
 from small_run import small_run
 
 from benchmarks import __main__ as command
-from benchmarks import codebook, measure, moved, on_gpu, peers, published, quality, rows, steps
-from pairdiff_core import absorbing, fields, pipeline, registration, vqae
+from benchmarks import codebook, continuous, measure, moved, on_gpu, peers, published, quality, rows, steps
+from pairdiff_core import absorbing, fields, metrics, pipeline, registration, vqae
 from pairdiff_core.data.breathing import load_motions
 from pairdiff_core.data.phantom_lungs import lung_pairs
 from pairdiff_core.profiles import Level, Patches, get_profile
@@ -374,3 +375,24 @@ def test_moved_pairs_move_their_landmarks_along():
             for each, points in ((before, pairs.landmarks[0][:, 1]), (after, moving))
         ]
         assert on_vessel[1] > 0.8 * on_vessel[0] > 0
+
+
+# ------------------------------------------------------------------------------------------- continuous diffusion
+
+
+def test_equally_many_pairs_of_each_kind_train_a_registration(images_made, tmp_path):
+    run, _ = images_made
+    shutil.copytree(run.path, tmp_path / "run")
+    measured = continuous.measure(replace(run, folder=tmp_path / "run"), number=4, images=16)
+    rows = {row["training"]: row for row in measured["registration"]}
+    assert list(rows) == ["real", "tokens", "ControlNet", "U-Net alone"]
+    assert all(row["pairs"] == 4 and 0 < row["registration_dice"] < 1 for row in rows.values())
+    real = run.train[:4]
+    expected = metrics.mean_dice(real.fixed, real.moving, real.num_labels).mean()
+    assert rows["real"]["dice"] == pytest.approx(float(expected))
+    assert {name for name, row in rows.items() if "closer" in row} == {"ControlNet", "U-Net alone"}
+    networks = [pipeline.load_model(tmp_path / "run", f"registration-{name}-4") for name in ("real", "u-net-alone")]
+    assert networks[0].fingerprint != networks[1].fingerprint
+    errors = measured["translation"]
+    assert set(errors) == {"ControlNet", "U-Net", "copy", "autoencoder"}
+    assert all(each[kind][1] > 0 for each in errors.values() for kind in ("psnr", "mae", "ms_ssim"))

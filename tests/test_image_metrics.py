@@ -54,3 +54,13 @@ def test_copies_are_found(brains):
     found = metrics.compare_images(brains[:20], brains[20:34], {"copies": brains[:20] + noise, "new": brains[34:]})
     assert found["copies"]["memorised"] and found["copies"]["closer"] == 1
     assert not found["new"]["memorised"]
+
+
+def test_errors_of_images_are_those_of_their_definitions(brains):
+    found, truth = brains[:3], brains[3:6]
+    errors = metrics.image_errors(found, truth)
+    for index in range(3):
+        difference = found[index] - truth[index]
+        assert float(errors["mae"][index]) == pytest.approx(float(difference.abs().mean()))
+        assert float(errors["psnr"][index]) == pytest.approx(float(-10 * difference.square().mean().log10()))
+    torch.testing.assert_close(errors["ms_ssim"], metrics.multiscale_ssim(found, truth))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_slice
-from small_run import small_run, small_run_3d
+from small_run import small_image_run, small_run_3d
 
 from pairdiff_cli.run import _worked
 from pairdiff_core import pipeline
@@ -18,26 +18,9 @@ from pairdiff_core.storage import Saving, load_checkpoint
 from pairdiff_core.training import Paused
 
 
-def tiny_run(folder, **changes):
-    """The small run with tiny settings of these stages."""
-    run = small_run(folder, **changes)
-    diffusion = replace(
-        run.profile.gaussian_denoiser, channels=(4, 8), timesteps=40, steps=6, batch=2, sampling_steps=5
-    )
-    coder = replace(run.profile.kl_autoencoder, channels=(4, 8), latent_channels=2, latents=70, steps=6)
-    profile = replace(run.profile, kl_autoencoder=coder, gaussian_denoiser=diffusion, rectified_flow=diffusion)
-    return replace(run, profile=profile)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    run = tiny_run(tmp_path_factory.mktemp("images"))
-    return run, pipeline.run_image_stages(run)
-
-
-def test_the_stages_fit_together(made):
-    run, results = made
-    assert results.latents.shape == (70, 2, 24, 40)
+def test_the_stages_fit_together(images_made):
+    run, results = images_made
+    assert results.latents.shape == (70, 2, 32, 40)
     assert {path.stem for path in run.path.glob("*.safetensors")} == set(IMAGE_STAGES)
     for sampler, stage in (("ddpm", "gaussian_denoiser"), ("ddim", "gaussian_denoiser"), ("rflow", "rectified_flow")):
         latents = pipeline.sample_latents(run, results.denoisers[stage], sampler, 3)
@@ -46,8 +29,8 @@ def test_the_stages_fit_together(made):
         assert torch.equal(latents, pipeline.sample_latents(run, results.denoisers[stage], sampler, 3))
 
 
-def test_everything_is_loaded_the_second_time(made):
-    run, results = made
+def test_everything_is_loaded_the_second_time(images_made):
+    run, results = images_made
     again = pipeline.run_image_stages(run)
     assert again.autoencoder.loaded and all(each.loaded for each in again.denoisers.values())
     assert torch.equal(again.latents, results.latents)
@@ -56,8 +39,8 @@ def test_everything_is_loaded_the_second_time(made):
     )
 
 
-def test_the_standardisation_of_latents_is_stored_with_the_weights(made):
-    run, results = made
+def test_the_standardisation_of_latents_is_stored_with_the_weights(images_made):
+    run, results = images_made
     tensors, _ = load_checkpoint(run.path / "kl_autoencoder.safetensors")
     assert not torch.equal(tensors["statistics.running_mean"], torch.zeros(2))
     loaded = pipeline.load_model(run.path, "kl_autoencoder").model
@@ -65,17 +48,17 @@ def test_the_standardisation_of_latents_is_stored_with_the_weights(made):
     assert torch.equal(loaded.encode(images), results.autoencoder.model.encode(images))
 
 
-def test_a_paused_training_ends_with_the_same_bits(made, tmp_path):
+def test_a_paused_training_ends_with_the_same_bits(images_made, tmp_path):
     asked = iter([None] * 3 + ["time is over"])
-    paused = replace(tiny_run(tmp_path), saving=Saving(should_pause=lambda: next(asked)))
+    paused = replace(small_image_run(tmp_path), saving=Saving(should_pause=lambda: next(asked)))
     with pytest.raises(Paused, match="kl_autoencoder: time is over, paused after step 4"):
         pipeline.train_kl_autoencoder(paused)
-    again = pipeline.train_kl_autoencoder(tiny_run(tmp_path))
-    assert again.fingerprint == made[1].autoencoder.fingerprint
+    again = pipeline.train_kl_autoencoder(small_image_run(tmp_path))
+    assert again.fingerprint == images_made[1].autoencoder.fingerprint
 
 
-def test_other_settings_and_inputs_are_refused(made):
-    run, results = made
+def test_other_settings_and_inputs_are_refused(images_made):
+    run, results = images_made
     other = replace(run, profile=replace(run.profile, kl_autoencoder=replace(run.profile.kl_autoencoder, steps=7)))
     with pytest.raises(CheckpointError, match=r"kl_autoencoder\.safetensors was made with other settings"):
         pipeline.train_kl_autoencoder(other)
@@ -86,11 +69,11 @@ def test_other_settings_and_inputs_are_refused(made):
     assert pipeline.train_latent_denoiser(few, results.latents, "gaussian_denoiser").loaded, "sampling may change"
 
 
-def test_a_pretrained_model_takes_the_place_of_a_training(made, tmp_path, monkeypatch):
-    run, results = made
+def test_a_pretrained_model_takes_the_place_of_a_training(images_made, tmp_path, monkeypatch):
+    run, results = images_made
     (tmp_path / "phantom2d-quick").symlink_to(run.path)
     monkeypatch.setenv("PAIRDIFF_MODELS", str(tmp_path))
-    found = pipeline.train_kl_autoencoder(tiny_run(tmp_path / "new", seed=1))
+    found = pipeline.train_kl_autoencoder(small_image_run(tmp_path / "new", seed=1))
     assert found.loaded and found.fingerprint == results.autoencoder.fingerprint
 
 
@@ -100,14 +83,14 @@ def test_volumes_are_refused_and_leave_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_runs_these_stages(made):
-    run, _ = made
+def test_the_command_runs_these_stages(images_made):
+    run, _ = images_made
     assert _worked(run, "latents") is None
     assert not (run.path / "vqae.safetensors").exists()
 
 
-def test_images_are_drawn_afresh_in_each_step_and_depend_on_the_purpose(made):
-    run, _ = made
+def test_images_are_drawn_afresh_in_each_step_and_depend_on_the_purpose(images_made):
+    run, _ = images_made
     images = pipeline.t1_images(run, run.train)
     batches = images.batches(2, "a")
     assert batches(0).shape == (4, 1, *run.profile.spatial)
@@ -116,14 +99,17 @@ def test_images_are_drawn_afresh_in_each_step_and_depend_on_the_purpose(made):
 
 
 def test_measured_t1_images_replace_drawn_ones(oasis_folder, tmp_path):
-    small = tiny_run(tmp_path)
+    small = small_image_run(tmp_path)
     run = Run("oasis2d", replace(small.profile, spatial=(40, 48)), folder=tmp_path, data=oasis_folder)
     assert pipeline.t1_images(run, run.train).measured is None, "label maps alone"
-    slices, names = each_slice_once(replace(run.train))
+    slices, names = each_slice_once(run.train)
     for value, name in enumerate(names):
         flat = np.full((80, 96), value / len(names), np.float32)
         write_slice(oasis_folder / name / "slice_norm.nii.gz", flat)
     images = pipeline.t1_images(run, run.train)
-    found = torch.cat([images.batches(1, "a")(step) for step in range(len(slices) // 2)])
-    assert found.shape == (len(slices), 1, 40, 48)
-    assert sorted(found[:, 0, 0, 0].tolist()) == pytest.approx([value / len(names) for value in range(len(names))])
+    found, labels = images.batches(3, "a")(1), images.labels(3, "a")(1)
+    assert found.shape == (6, 1, 40, 48)
+    numbers = [round(value * len(names)) for value in found[:, 0, 0, 0].tolist()]
+    assert torch.equal(labels, slices[numbers]), "images and labels are of the same slices"
+    pairs = set(run.train.names)
+    assert all(f"{names[a]}~{names[b]}" in pairs for a, b in zip(numbers[::2], numbers[1::2], strict=True))

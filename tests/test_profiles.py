@@ -40,9 +40,12 @@ def test_the_grid_fits_the_networks(profile):
 
 
 @pytest.mark.parametrize("profile", PROFILES[2].values(), ids=PROFILES[2])
-def test_the_latents_of_slices_fit_the_unets_and_ddim_its_steps(profile):
+def test_the_latents_of_slices_fit_the_unets_and_conditions_and_ddim_its_steps(profile):
     with torch.device("meta"):
         grid = new_kl_autoencoder(profile).latent_grid(profile.spatial)
+    halvings = len(profile.kl_autoencoder.channels) - 1
+    for stage in ("controlnet_flair", "controlnet_fixed"):
+        assert len(getattr(profile, stage).embedding) == halvings + 1, "it makes conditions as small as latents"
     for stage in ("gaussian_denoiser", "rectified_flow"):
         settings = getattr(profile, stage)
         assert not any(size % 2 ** (len(settings.channels) - 1) for size in grid)

@@ -5,7 +5,7 @@ of pairs, I of images in each (2, or 1 for single images), D of axes, and C of l
 """
 
 from .codebook import CodebookUse, codebook_statistics, codebook_use
-from .images import compare_images, image_distances, multiscale_ssim, similarity_of_samples
+from .images import compare_images, image_distances, image_errors, multiscale_ssim, similarity_of_samples
 from .memorisation import CLOSE, MemorisationAudit, memorisation_audit, pair_distances
 from .realism import (
     compare_areas,

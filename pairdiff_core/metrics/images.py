@@ -27,6 +27,19 @@ def multiscale_ssim(a: Tensor, b: Tensor) -> Tensor:
     return MultiScaleSSIMMetric(a.dim() - 2, kernel_size=KERNEL)(a, b)[:, 0]
 
 
+def image_errors(found: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """How far images are from the true ones of the same number, float (N,) each.
+
+    Returns:
+        ``psnr``, the peak signal-to-noise ratio in dB, of a peak of 1: 10 log10 of 1 / the mean squared error;
+        ``mae``, the mean absolute error; ``ms_ssim``, see :func:`multiscale_ssim`. The first two by MONAI, too.
+    """
+    from monai.metrics import MAEMetric, PSNRMetric  # here, because importing it takes seconds
+
+    psnr, mae = PSNRMetric(max_val=1)(found, truth), MAEMetric()(found, truth)
+    return {"psnr": psnr[:, 0], "mae": mae[:, 0], "ms_ssim": multiscale_ssim(found, truth)}
+
+
 def similarity_of_samples(images: Tensor) -> float:
     """Mean MS-SSIM of N pairs of different images of one set: the lower, the more varied they are."""
     return multiscale_ssim(images, images.roll(1, 0)).mean().item()

@@ -1,10 +1,20 @@
 """The method as a pipeline: a run, its models, its five stages, measuring it, and the stages of image diffusion."""
 
-from .describe import audit_after_registration, describe_denoiser, describe_synthetic, describe_vqae
+from .control_stages import (
+    ImageStageResults,
+    draw_partners,
+    run_image_stages,
+    sample_controlled,
+    segment,
+    train_controlnet,
+    train_segmenter,
+    train_translator,
+    translate,
+)
+from .describe import audit_after_registration, describe_denoiser, describe_pairs, describe_synthetic, describe_vqae
 from .image_stages import (
     T1Images,
     encode_training_images,
-    run_image_stages,
     sample_latents,
     t1_images,
     train_kl_autoencoder,
@@ -18,6 +28,7 @@ from .models import (
     find_autoencoder,
     find_model,
     load_model,
+    new_control,
     new_denoiser,
     new_kl_autoencoder,
     new_latent_unet,

@@ -23,6 +23,7 @@ COMPARED, COMPARED_VOXELS = 48, 2**27  # limits for comparing displacements: pai
 GALLERY = 24  # synthetic images that are stored as pictures
 PARTNERS = 6  # moving images that are drawn for one fixed image
 CANDIDATES = 3  # training images that are registered to each image of the audit after registration
+REGISTERED = 16  # pairs of a set whose displacement is found
 BITS_PAIRS = 64  # largest number of pairs whose bits per token are measured
 
 
@@ -160,6 +161,29 @@ def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict
             for name, moving in images.items()
         },
         "picture": pack_labels(torch.cat([pair.fixed, partners.moving])),
+    }
+
+
+def describe_pairs(run: Run, pairs: PairSet) -> dict[str, float]:
+    """How the two images of a pair differ, and how large the structures of the moving ones are.
+
+    Returns:
+        ``dice``, of fixed and moving image; ``displacement_mm``, the mean length of the displacement by the baseline
+        at the structures of the fixed image, over at most 16 pairs; ``area_error``, the mean over structures of the
+        difference between the mean areas of moving and of real training images, as a share of the latter.
+    """
+    some = pairs[:: -(-len(pairs) // REGISTERED)]
+    moved, mm = (
+        register(some, run.profile).displacement,
+        torch.tensor(pairs.spacing).reshape(-1, *[1] * len(pairs.spatial)),
+    )
+    lengths = (mm * moved).norm(dim=1)  # (N, D, *spatial) -> (N, *spatial)
+    areas = metrics.compare_areas(run.train.labels, pairs.labels[:, 1:], pairs.label_names)
+    errors = [abs(row["synthetic_mean"] - row["real_mean"]) / row["real_mean"] for row in areas if row["real_mean"]]
+    return {
+        "dice": float(metrics.mean_dice(pairs.fixed, pairs.moving, pairs.num_labels).nanmean()),
+        "displacement_mm": float(lengths[some.fixed > 0].mean()),
+        "area_error": sum(errors) / len(errors),
     }
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pairdiff_core import latent_diffusion
 from pairdiff_core.augmentation import WarpedPairs
-from pairdiff_core.data.contrasts import draw_images, measured_t1
+from pairdiff_core.data.contrasts import draw_images, each_slice_once, measured_t1
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import Trained, new_kl_autoencoder
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import Training, load_or_make, load_or_train, load_pretrained
-from pairdiff_core.profiles import IMAGE_STAGES
 from pairdiff_core.storage import fingerprint
 from pairdiff_core.training import Samples, best_device
 
@@ -44,24 +43,32 @@ class T1Images:
 
     def inputs(self) -> dict[str, Any]:
         """What they depend on, for a checkpoint."""
-        used = {"pairs": self.pairs.labels} if self.measured is None else {"images": self.measured}
+        used = {"pairs": self.pairs.labels} | ({} if self.measured is None else {"images": self.measured})
         return {name: fingerprint(tensor) for name, tensor in used.items()}
 
     def batches(self, pairs: int, purpose: str) -> Callable[[int], torch.Tensor]:
-        """From the number of a step to float (2 * ``pairs``, 1, *spatial), 0 to 1, which depend on it and a purpose."""
-        seed = self.run.seed_of(purpose)
+        """From the number of a step to float (2 * ``pairs``, 1, *spatial), 0 to 1, which depend on it and a purpose.
+
+        Images 2n and 2n + 1 are those of a pair.
+        """
+        samples, labels = Samples(len(self.pairs), pairs, self.run.seed_of(purpose)), self.labels(pairs, purpose)
         if self.measured is not None:
-            images = Samples(len(self.measured), 2 * pairs, seed)
-            return lambda step: self.measured[images.chosen(step)]
-        samples = Samples(len(self.pairs), pairs, seed)
-        warped = WarpedPairs(self.pairs.labels, samples, self.run.profile.vqae.augmentation)
+            once = each_slice_once(self.pairs)[1]
+            numbers = torch.tensor([[once.index(image) for image in pair.split("~")] for pair in self.pairs.names])
+            return lambda step: self.measured[numbers[samples.chosen(step)].flatten()]  # (pairs, 2) -> (2 pairs,)
 
         def drawn(step: int) -> torch.Tensor:
             generators = [each for each in samples.generators(step, "image") for _ in range(2)]
-            labels = warped(step).flatten(0, 1)  # (pairs, 2, *s) -> (2 pairs, *s)
-            return draw_images(labels, "T1", self.pairs.num_labels, generators)
+            return draw_images(labels(step), "T1", self.pairs.num_labels, generators)
 
         return drawn
+
+    def labels(self, pairs: int, purpose: str) -> Callable[[int], torch.Tensor]:
+        """The label maps uint8 (2 * ``pairs``, *spatial) of the images of :meth:`batches`."""
+        samples = Samples(len(self.pairs), pairs, self.run.seed_of(purpose))
+        augmentation = self.run.profile.vqae.augmentation if self.measured is None else None
+        warped = WarpedPairs(self.pairs.labels, samples, augmentation)
+        return lambda step: warped(step).flatten(0, 1)  # (pairs, 2, *s) -> (2 pairs, *s)
 
     def some(self, number: int, purpose: str) -> torch.Tensor:
         """``number`` images, float (number, 1, *spatial), the same for the same purpose."""
@@ -131,26 +138,3 @@ def sample_latents(run: Run, denoiser: Trained, sampler: str, number: int) -> to
     scheduler = latent_diffusion.new_scheduler(sampler, settings.timesteps, steps)
     shape = (number, run.profile.kl_autoencoder.latent_channels, *grid)
     return latent_diffusion.sample(denoiser.model, shape, scheduler, run.generator(sampler, device)).cpu()
-
-
-class ImageStageResults(NamedTuple):
-    """Results of the stages of diffusion on images; None if not requested."""
-
-    autoencoder: Trained
-    latents: torch.Tensor | None
-    denoisers: dict[str, Trained]  # by stage
-
-
-def run_image_stages(run: Run, last: str = "rectified_flow") -> ImageStageResults:
-    """Run, or load, the stages of diffusion on images in their order, up to the ``last`` of ``IMAGE_STAGES``.
-
-    Raises:
-        CheckpointError, Paused: as :func:`load_or_train`.
-        DataError: for volumes.
-    """
-    new_kl_autoencoder(run.profile)  # a profile without it is refused before a folder is made
-    number = IMAGE_STAGES.index(last)
-    autoencoder = train_kl_autoencoder(run)
-    latents = encode_training_images(run, autoencoder) if number >= 1 else None
-    denoisers = {stage: train_latent_denoiser(run, latents, stage) for stage in IMAGE_STAGES[2 : number + 1]}
-    return ImageStageResults(autoencoder, latents, denoisers)

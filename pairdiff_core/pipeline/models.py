@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pairdiff_core.absorbing import Denoiser
+from pairdiff_core.controlnet import new_controlnet, new_image_unet
 from pairdiff_core.errors import CheckpointError, DataError
 from pairdiff_core.latent_diffusion import KLAutoencoder, new_unet
 from pairdiff_core.pipeline.run import Run, open_run
@@ -57,6 +58,21 @@ def new_latent_unet(profile: Profile, stage: str) -> nn.Module:
     return new_unet(getattr(profile, stage), profile.kl_autoencoder.latent_channels, profile.spatial_dims)
 
 
+def new_control(profile: Profile, stage: str) -> nn.Module:
+    """The untrained ControlNet of one of the stages "controlnet_flair" and "controlnet_fixed" of a profile."""
+    conditions = {"controlnet_flair": 1, "controlnet_fixed": profile.num_labels}[stage]
+    channels = profile.kl_autoencoder.latent_channels
+    return new_controlnet(
+        getattr(profile, stage), profile.gaussian_denoiser, channels, conditions, profile.spatial_dims
+    )
+
+
+def new_plain_unet(profile: Profile, stage: str) -> nn.Module:
+    """The untrained U-Net of one of the stages "translator" and "segmenter" of a profile."""
+    outputs = {"translator": 1, "segmenter": profile.num_labels}[stage]
+    return new_image_unet(getattr(profile, stage), outputs, profile.spatial_dims)
+
+
 NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
     "vqae": new_vqae,
     "denoiser": new_denoiser,
@@ -64,6 +80,10 @@ NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
     "kl_autoencoder": new_kl_autoencoder,
     "gaussian_denoiser": partial(new_latent_unet, stage="gaussian_denoiser"),
     "rectified_flow": partial(new_latent_unet, stage="rectified_flow"),
+    "controlnet_flair": partial(new_control, stage="controlnet_flair"),
+    "controlnet_fixed": partial(new_control, stage="controlnet_fixed"),
+    "translator": partial(new_plain_unet, stage="translator"),
+    "segmenter": partial(new_plain_unet, stage="segmenter"),
 }
 
 

@@ -49,12 +49,14 @@ class Training:
         inputs: fingerprints of what it is trained on.
         loss: from (model, batch) to named scalars.
         batches: from the number of a step to its batch.
+        start: gives the untrained model other weights to start from; None: random ones.
     """
 
     name: str
     inputs: dict[str, Any]
     loss: Callable[[nn.Module, Any], dict[str, torch.Tensor]]
     batches: Callable[[int], Any]
+    start: Callable[[Any], None] | None = None
 
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -302,6 +304,8 @@ def load_or_train(run: Run, training: Training) -> Trained:
     with run.working(), torch.random.fork_rng():
         torch.manual_seed(run.seed_of(name))
         model, allowed = NEW_MODEL[stage](run.profile), stage in run.profile.mixed_precision
+        if training.start is not None:
+            training.start(model)
         progress = Progress(run.path / f"{name}.progress", config | {"processes": distributed.count()}, run.saving)
         fabric = new_fabric(allowed)
         history = fit(
