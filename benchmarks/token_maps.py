@@ -66,6 +66,14 @@ def match(maps: torch.Tensor, labels: torch.Tensor) -> list[list[float]]:
     return [[explained(each, share) for each in maps.flatten(1)] for share in shares]
 
 
+class TokenEmbedding(nn.Embedding):
+    """Tokens int64 (N, *grid) as float (N, width, *grid), the layout of convolutions."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return super().forward(tokens).movedim(-1, 1)  # (N, *grid, width) -> (N, width, *grid)
+
+
 class ResidualBlock(nn.Module):
     """Adds two convolutions of a normalised grid to it."""
 
@@ -87,12 +95,8 @@ def new_decoder(codes: int, width: int = 64) -> nn.Module:
     def doubled(channels: int, fewer: int) -> list[nn.Module]:
         return [nn.ConvTranspose3d(channels, fewer, 4, 2, 1), nn.GroupNorm(4, fewer), nn.GELU()]
 
-    class Embedded(nn.Embedding):
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            return super().forward(tokens).movedim(-1, 1)  # (N, *grid, width) -> (N, width, *grid)
-
     return nn.Sequential(
-        Embedded(codes + 1, width), ResidualBlock(width), *doubled(width, width), *doubled(width, width // 2),
+        TokenEmbedding(codes + 1, width), ResidualBlock(width), *doubled(width, width), *doubled(width, width // 2),
         *doubled(width // 2, width // 4), nn.Conv3d(width // 4, 2, 3, padding=1),
     )  # fmt: skip
 

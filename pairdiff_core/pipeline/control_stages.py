@@ -207,7 +207,7 @@ def run_image_stages(run: Run, last: str = IMAGE_STAGES[-1]) -> ImageStageResult
     latents = encode_training_images(run, autoencoder) if "latents" in wanted else None
     denoisers = {stage: train_latent_denoiser(run, latents, stage) for stage in wanted[2:4]}
     control = {stage: train_controlnet(run, latents, denoisers["gaussian_denoiser"], stage) for stage in wanted[4:6]}
-    plain = {"translator": train_translator} | {"segmenter": partial(train_segmenter, autoencoder=autoencoder)}
+    plain = {"translator": train_translator, "segmenter": partial(train_segmenter, autoencoder=autoencoder)}
     return ImageStageResults(
         autoencoder, latents, denoisers, control, {stage: plain[stage](run) for stage in wanted[6:]}
     )

@@ -173,10 +173,8 @@ def describe_pairs(run: Run, pairs: PairSet) -> dict[str, float]:
         difference between the mean areas of moving and of real training images, as a share of the latter.
     """
     some = pairs[:: -(-len(pairs) // REGISTERED)]
-    moved, mm = (
-        register(some, run.profile).displacement,
-        torch.tensor(pairs.spacing).reshape(-1, *[1] * len(pairs.spatial)),
-    )
+    moved = register(some, run.profile).displacement
+    mm = torch.tensor(pairs.spacing).reshape(-1, *[1] * pairs.spatial_dims)
     lengths = (mm * moved).norm(dim=1)  # (N, D, *spatial) -> (N, *spatial)
     areas = metrics.compare_areas(run.train.labels, pairs.labels[:, 1:], pairs.label_names)
     errors = [abs(row["synthetic_mean"] - row["real_mean"]) / row["real_mean"] for row in areas if row["real_mean"]]
