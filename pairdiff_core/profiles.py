@@ -273,9 +273,9 @@ _LAPTOP_DIFFUSION = DiffusionSettings(
     channels=(32, 64, 128), timesteps=1000, steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
 )
 _LAPTOP_CONTROL = ControlNetSettings(
-    embedding=(16, 32, 64), steps=800, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=50
+    embedding=(16, 32, 64), steps=500, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=20
 )
-_LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=800, batch=2, learning_rate=2e-3)
+_LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=400, batch=2, learning_rate=2e-3)
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
 
