@@ -1,40 +1,53 @@
 """Do pairs from a continuous diffusion train a registration as well as real pairs, and pairs from tokens?
 
-    python -m benchmarks.continuous --data DIR --runs DIR --json book/results/continuous.json --seeds 0 1 2
+    python -m benchmarks.continuous runs/images --data DIR --json book/results/continuous.json
 
-For each seed, tokens and all stages of images are run at `laptop`. Registration networks with the same settings then
-learn from equally many pairs: real ones, pairs from tokens, and real fixed images whose moving partners the
-diffusion has drawn, with and without a ControlNet. An interrupted command can be repeated.
+The first argument is a run folder of `laptop`, in which the stages of images are trained or found; with
+PAIRDIFF_MODELS=models, the tokens come from the pretrained models. The models translate a contrast and draw images,
+which are measured. Then registration networks with the same settings learn from equally many pairs: real ones, pairs
+from tokens, and real fixed images whose moving partners the diffusion has drawn, with and without a ControlNet. Only
+these networks are trained for each seed. An interrupted command can be repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pairdiff_core import metrics
+from pairdiff_core.data import load_pairs
 from pairdiff_core.data.contrasts import draw_images
+from pairdiff_core.pairs import PairSet, one_hot
 from pairdiff_core.pipeline import (
     ImageStageResults,
     Run,
+    decode_partners,
     describe_pairs,
-    draw_partners,
+    load_or_make,
     run_image_stages,
     run_stages,
     sample_controlled,
+    sample_latents,
     t1_images,
     train_registration,
     translate,
 )
+from pairdiff_core.pipeline.image_stages import STAGE_OF
 from pairdiff_core.profiles import get_profile
 from pairdiff_core.registration import evaluate, register, summarise
-from pairdiff_core.storage import fingerprint, provenance, write_json
+from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, write_json
 from pairdiff_core.training import best_device
 
 PAIRS = 512
+STEPS = 400  # of a registration network, half of laptop's: twelve are trained
 IMAGES = 64  # of unseen people, to translate and to compare with
+SHARD = 32  # partners that are drawn and saved together
+SCALES = {"ControlNet": 1.0, "U-Net alone": 0.0}  # of the control, by the kind of partners
 
 
 def translations(run: Run, made: ImageStageResults, number: int) -> dict[str, dict[str, list[float]]]:
@@ -57,56 +70,111 @@ def translations(run: Run, made: ImageStageResults, number: int) -> dict[str, di
     }
 
 
-def registrations(run: Run, made: ImageStageResults, number: int) -> list[dict[str, Any]]:
-    """A row for each set of training pairs: the pairs themselves, and the network that learned from them."""
-    five = run_stages(run, "synthesis")
-    known, unseen = made.autoencoder.model.decode(made.latents), t1_images(run, run.validation)
-    seen = made.autoencoder.model.decode(made.autoencoder.model.encode(unseen.some(IMAGES, "unseen")))
-    fixed = run.train[:number]
-    controlled, images = draw_partners(run, made, fixed)
-    alone, images_alone = draw_partners(run, made, fixed, scale=0.0)
-    compared = metrics.compare_images(
-        known, seen, {"ControlNet": images[:IMAGES], "U-Net alone": images_alone[:IMAGES]}
+def sampled_images(
+    run: Run, made: ImageStageResults, tokens: PairSet, partners: dict[str, torch.Tensor], number: int
+) -> dict[str, dict[str, float]]:
+    """What :func:`metrics.compare_images` says of new images of each kind, all after the autoencoder.
+
+    Images "from tokens" are drawn from synthetic label maps. Two rows are references: training people again, and unseen
+    people.
+    """
+    coder = made.autoencoder.model
+    seen, again = (
+        coder.decode(coder.encode(t1_images(run, pairs).some(number, purpose)))
+        for pairs, purpose in ((run.validation, "unseen"), (run.train, "again"))
     )
-    sets = {"real": fixed, "tokens": five.synthetic[:number], "ControlNet": controlled, "U-Net alone": alone}
-    rows = []
-    for name, pairs in sets.items():
-        network = train_registration(run, pairs, f"{name.lower().replace(' ', '-')}-{number}")
-        method = partial(register, profile=run.profile, network=network.model, instance=False)
-        score = summarise(list(evaluate(run.validation, method)), run.validation.label_names)
-        row = {"training": name, "seed": run.seed, "pairs": len(pairs)} | describe_pairs(run, pairs)
-        row |= {f"registration_{key}": score[key] for key in ("dice", "hd95_mm", "folding_percent")}
-        rows.append(row | compared.get(name, {}))
-        print(run.seed, name, f"Dice {score['dice']:.4f}", flush=True)
-    return rows
+    seeds = [run.generator(f"token image {index}") for index in range(min(number, len(tokens)))]
+    drawn = draw_images(tokens.fixed[:number], "T1", run.profile.num_labels, seeds)
+    sets = {"training people, drawn again": again, "unseen people": seen, "tokens": coder.decode(coder.encode(drawn))}
+    for name, sampler in {"DDIM": "ddim", "rectified flow": "rflow"}.items():
+        sets[name] = coder.decode(sample_latents(run, made.denoisers[STAGE_OF[sampler]], sampler, number))
+    sets |= {f"partners, {kind}": images[:number] for kind, images in partners.items()}
+    return metrics.compare_images(coder.decode(made.latents), seen, sets)
 
 
-def measure(run: Run, number: int = PAIRS, images: int = IMAGES) -> dict[str, Any]:
-    """Run all stages of one seed and measure translation and registration."""
+def drawn_partners(run: Run, made: ImageStageResults, pairs: PairSet, kind: str) -> tuple[PairSet, torch.Tensor]:
+    """The pairs with drawn partners of their fixed images, and the partners; the run folder keeps their latents."""
+    scale = SCALES[kind]
+
+    def draw(shard: int) -> torch.Tensor:
+        conditions = one_hot(pairs.fixed[shard * SHARD : (shard + 1) * SHARD], pairs.num_labels)
+        return sample_controlled(run, made, "controlnet_fixed", conditions, f"partners {shard}", scale)
+
+    inputs = {"pairs": fingerprint(pairs.labels), "control": made.control["controlnet_fixed"].fingerprint}
+    inputs |= {"scale": scale, "sampling_steps": run.profile.controlnet_fixed.sampling_steps}
+    name = f"partners-{_file_name(kind)}"
+    return decode_partners(made, pairs, load_or_make(run, name, inputs, draw, -(-len(pairs) // SHARD)))
+
+
+def _file_name(kind: str) -> str:
+    return kind.lower().replace(" ", "-")
+
+
+def measure_network(run: Run, pairs: PairSet, kind: str, seed: int) -> dict[str, Any]:
+    """Train the registration network of one seed on some pairs, and score it alone on the validation pairs."""
+    network = train_registration(replace(run, seed=seed, folder=run.path / f"seed{seed}"), pairs, _file_name(kind))
+    method = partial(register, profile=run.profile, network=network.model, instance=False)
+    row = {"training": kind, "seed": seed}
+    score = summarise(list(evaluate(run.validation, method)), run.validation.label_names)
+    row |= {key: score[key] for key in ("dice", "hd95_mm", "folding_percent") if key in score}
+    if run.dataset == "oasis2d":  # landmarks are known on phantoms only
+        phantoms = load_pairs("phantom2d", "validation", run.profile)
+        row["tre_mm"] = summarise(list(evaluate(phantoms, method)), phantoms.label_names)["tre_mm"]
+    print(seed, kind, f"Dice {score['dice']:.4f}", flush=True)
+    return row | {"seconds": network.seconds}
+
+
+def measure(run: Run, seeds: list[int], number: int = PAIRS, images: int = IMAGES) -> dict[str, Any]:
+    """Run or load all stages, and measure translation, new images, pairs, and the networks that learned from them.
+
+    Returns:
+        ``translation``, see :func:`translations`; ``images``, see :func:`sampled_images`; ``pairs``, what
+        :func:`describe_pairs` says of each kind of pairs; ``before``, Dice and, for OASIS, TRE on phantoms in mm
+        without registration; ``registration``, a row for each kind and seed; ``seconds`` of each stage.
+    """
+    synthesis = replace(run.profile.synthesis, pairs=number)
+    run = replace(run, profile=replace(run.profile, synthesis=synthesis))
     made = run_image_stages(run)
-    return {"seed": run.seed, "translation": translations(run, made, images)} | {
-        "registration": registrations(run, made, number)
+    chosen = torch.randperm(len(run.train), generator=run.generator("chosen pairs"))[:number]
+    real = run.train[chosen]
+    sets, partners = {"real": real, "tokens": run_stages(run, "synthesis").synthetic}, {}
+    for kind in SCALES:
+        sets[kind], partners[kind] = drawn_partners(run, made, real, kind)
+    measured = {
+        "translation": translations(run, made, images),
+        "images": sampled_images(run, made, sets["tokens"], partners, images),
+        "pairs": {kind: {"number": len(pairs)} | describe_pairs(run, pairs) for kind, pairs in sets.items()},
+        "before": _before(run),
+        "registration": [measure_network(run, pairs, kind, seed) for seed in seeds for kind, pairs in sets.items()],
     }
+    made_in = {path.stem: load_checkpoint(path)[1]["seconds"] for path in sorted(run.path.glob("*.safetensors"))}
+    return measured | {"seconds": made_in}
+
+
+def _before(run: Run) -> dict[str, float]:
+    pairs = {"dice": run.validation}
+    if run.dataset == "oasis2d":
+        pairs["tre_mm"] = load_pairs("phantom2d", "validation", run.profile)
+    return {key: summarise(list(evaluate(each, None)), each.label_names)[key] for key, each in pairs.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.continuous", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.continuous", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run folder for everything, the networks of each seed included")
     parser.add_argument("--data", type=Path, help="folder of the real data; default: PAIRDIFF_OASIS2D, PAIRDIFF_DATA")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders, one per seed")
     parser.add_argument("--json", type=Path, default=Path("book/results/continuous.json"))
     parser.add_argument("--dataset", default="oasis2d")
     parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the registration networks")
     chosen = parser.parse_args()
-    seeds: list[dict[str, Any]] = []
-    for number, seed in enumerate(chosen.seeds, start=1):
-        profile = get_profile(chosen.profile, 2)
-        run = Run(chosen.dataset, profile, seed=seed, folder=chosen.runs / f"seed{seed}", data=chosen.data)
-        seeds.append(measure(run))
-        used = {"train": fingerprint(run.train.labels), "validation": fingerprint(run.validation.labels)}
-        made_by = provenance(chosen.profile, chosen.seeds[0], best_device(), used)
-        made_by |= {"dataset": chosen.dataset, "seeds": chosen.seeds[:number]}
-        write_json(chosen.json, {"seeds": seeds, "provenance": made_by})
+    profile = get_profile(chosen.profile, 2)
+    profile = replace(profile, registration=replace(profile.registration, steps=min(STEPS, profile.registration.steps)))
+    run = Run(chosen.dataset, profile, folder=chosen.run, data=chosen.data)
+    measured = measure(run, chosen.seeds)
+    used = {"train": fingerprint(run.train.labels), "validation": fingerprint(run.validation.labels)}
+    made_by = provenance(chosen.profile, run.seed, best_device(), used)
+    made_by |= {"dataset": chosen.dataset, "seeds": chosen.seeds, "registration_steps": profile.registration.steps}
+    write_json(chosen.json, measured | {"provenance": made_by})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from benchmarks import codebook, continuous, measure, moved, on_gpu, peers, publ
 from pairdiff_core import absorbing, fields, metrics, pipeline, registration, vqae
 from pairdiff_core.data.breathing import load_motions
 from pairdiff_core.data.phantom_lungs import lung_pairs
+from pairdiff_core.errors import CheckpointError
 from pairdiff_core.profiles import Level, Patches, get_profile
 from pairdiff_core.training import best_device, fast_in_bfloat16
 
@@ -383,16 +384,34 @@ def test_moved_pairs_move_their_landmarks_along():
 def test_equally_many_pairs_of_each_kind_train_a_registration(images_made, tmp_path):
     run, _ = images_made
     shutil.copytree(run.path, tmp_path / "run")
-    measured = continuous.measure(replace(run, folder=tmp_path / "run"), number=4, images=16)
-    rows = {row["training"]: row for row in measured["registration"]}
-    assert list(rows) == ["real", "tokens", "ControlNet", "U-Net alone"]
-    assert all(row["pairs"] == 4 and 0 < row["registration_dice"] < 1 for row in rows.values())
-    real = run.train[:4]
+    run = replace(run, folder=tmp_path / "run")
+    measured = continuous.measure(run, seeds=[0, 1], number=4, images=16)
+    rows = {(row["training"], row["seed"]): row for row in measured["registration"]}
+    kinds = ["real", "tokens", "ControlNet", "U-Net alone"]
+    assert list(rows) == [(kind, seed) for seed in (0, 1) for kind in kinds]
+    assert all(0 < row["dice"] < 1 for row in rows.values())
+    assert rows["real", 0]["dice"] != rows["real", 1]["dice"] != rows["ControlNet", 1]["dice"]
+    real = run.train[torch.randperm(len(run.train), generator=run.generator("chosen pairs"))[:4]]
     expected = metrics.mean_dice(real.fixed, real.moving, real.num_labels).mean()
-    assert rows["real"]["dice"] == pytest.approx(float(expected))
-    assert {name for name, row in rows.items() if "closer" in row} == {"ControlNet", "U-Net alone"}
-    networks = [pipeline.load_model(tmp_path / "run", f"registration-{name}-4") for name in ("real", "u-net-alone")]
-    assert networks[0].fingerprint != networks[1].fingerprint
+    assert measured["pairs"]["real"]["dice"] == pytest.approx(float(expected))
+    assert {kind: each["number"] for kind, each in measured["pairs"].items()} == dict.fromkeys(kinds, 4)
+    folders = [tmp_path / "run" / f"seed{seed}" for seed in (0, 1)]
+    assert all((folder / "registration-u-net-alone.safetensors").is_file() for folder in folders)
     errors = measured["translation"]
     assert set(errors) == {"ControlNet", "U-Net", "copy", "autoencoder"}
     assert all(each[kind][1] > 0 for each in errors.values() for kind in ("psnr", "mae", "ms_ssim"))
+    images = measured["images"]
+    assert {"tokens", "DDIM", "rectified flow", "partners, ControlNet"} < set(images)
+    assert images["training people, drawn again"]["frechet"] < images["DDIM"]["frechet"]
+
+
+def test_interrupted_partners_continue(images_made, tmp_path):
+    run, made = images_made
+    run = replace(run, folder=tmp_path / "run")
+    pairs, images = continuous.drawn_partners(run, made, run.train[:4], "ControlNet")
+    again, _ = continuous.drawn_partners(run, made, run.train[:4], "ControlNet")
+    assert torch.equal(pairs.fixed, run.train[:4].fixed)
+    assert torch.equal(pairs.moving, again.moving)
+    assert images.shape == (4, 1, *run.profile.spatial)
+    with pytest.raises(CheckpointError):
+        continuous.drawn_partners(run, made, run.train[1:5], "ControlNet")

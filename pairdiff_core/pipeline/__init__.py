@@ -2,6 +2,7 @@
 
 from .control_stages import (
     ImageStageResults,
+    decode_partners,
     draw_partners,
     run_image_stages,
     sample_controlled,

@@ -167,17 +167,23 @@ def sample_controlled(
 def draw_partners(
     run: Run, networks: ImageStageResults, pairs: PairSet, scale: float = 1.0
 ) -> tuple[PairSet, torch.Tensor]:
-    """New moving partners for the fixed images of some pairs.
+    """New moving partners for the fixed images of some pairs, as :func:`decode_partners` returns them.
 
     Args:
         networks: with "controlnet_fixed" and "segmenter".
         scale: of the control; 0 draws without it.
+    """
+    conditions = one_hot(pairs.fixed, pairs.num_labels)
+    latents = sample_controlled(run, networks, "controlnet_fixed", conditions, "partners", scale)
+    return decode_partners(networks, pairs, latents)
+
+
+def decode_partners(networks: ImageStageResults, pairs: PairSet, latents: torch.Tensor) -> tuple[PairSet, torch.Tensor]:
+    """Partners of the fixed images of N pairs, from their latents float (N, L, *grid).
 
     Returns:
         The pairs with the labels of the partners as moving images, and the partners themselves, float (N, 1, *spatial).
     """
-    conditions = one_hot(pairs.fixed, pairs.num_labels)
-    latents = sample_controlled(run, networks, "controlnet_fixed", conditions, "partners", scale)
     images = networks.autoencoder.model.decode(latents)
     labels = torch.stack([pairs.fixed, segment(networks.plain["segmenter"], images)], 1)  # (N, 2, *spatial)
     names = tuple(f"{name.split('~')[0]}~partner_{number:04d}" for number, name in enumerate(pairs.names))
