@@ -44,7 +44,7 @@ from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, writ
 from pairdiff_core.training import best_device
 
 PAIRS = 512
-STEPS = 400  # of a registration network, half of laptop's: twelve are trained
+STEPS = 300  # of a registration network, of 800 at laptop: twelve are trained
 IMAGES = 64  # of unseen people, to translate and to compare with
 SHARD = 32  # partners that are drawn and saved together
 SCALES = {"ControlNet": 1.0, "U-Net alone": 0.0}  # of the control, by the kind of partners
