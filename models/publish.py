@@ -1,14 +1,17 @@
 """Publish a pretrained model: store the networks of one measured run in half precision.
 
     python -m models.publish RUN_FOLDER models/oasis2d-laptop
+    python -m models.publish RUN_FOLDER models/oasis2d-laptop --images
 
 The folder gets three checkpoints and ``config.json``, ``measured.json`` with the results of these files, and the model
-card ``README.md``. If ``PAIRDIFF_MODELS`` names ``models``, these networks are loaded instead of trained.
+card ``README.md``. With ``--images``, the networks of image diffusion are added to such a folder. If
+``PAIRDIFF_MODELS`` names ``models``, these networks are loaded instead of trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +21,7 @@ from typing import Any
 
 from pairdiff_core import pipeline
 from pairdiff_core.pipeline import Run, Trained, default_network, describe_vqae, load_model, open_run
+from pairdiff_core.profiles import IMAGE_STAGES
 from pairdiff_core.registration import evaluate, register, summarise
 from pairdiff_core.storage import (
     fingerprint,
@@ -43,24 +47,27 @@ TRAINED_ON = {
     "registration-synthetic": "was trained on synthetic pairs only",
     "registration-real-motion": "was trained on real pairs that also go along other people's breaths",
 }
+IMAGE_MODELS = tuple(stage for stage in IMAGE_STAGES if stage != "latents")
+IMAGES = (
+    "The folder also holds the networks of image diffusion, {}, which learned from T1-like and FLAIR-like images of "
+    "the same training subjects, drawn from their label maps. `book/results/continuous.json` has what they reach.\n\n"
+)
 COLUMNS = {"dice": "Dice", "tre_mm": "target registration error, mm", "folding_percent": "folding, % of the voxels"}
 ROWS = {"before": "before", "network": "network", "network_instance": "network and instance optimisation"}
 
 
-def halve(run_folder: str | Path, folder: str | Path) -> None:
-    """Copy the networks of a finished run in half precision; the codes keep their full precision.
+def halve(run_folder: str | Path, folder: str | Path, names: Sequence[str]) -> None:
+    """Copy networks of a finished run in half precision; the codes keep their full precision.
 
     Raises:
         CheckpointError: if a network is missing or damaged, or cannot be written.
     """
-    names = ("vqae", "denoiser", default_network(run_folder))
     found = {name: load_checkpoint(Path(run_folder) / f"{name}.safetensors") for name in names}
     for name, (tensors, description) in found.items():
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and key != "codebook.vectors":
                 tensors[key] = tensor.half()
         save_checkpoint(Path(folder) / f"{name}.safetensors", tensors, rounded(description))
-    write_file(Path(folder) / "config.json", (Path(run_folder) / "config.json").read_bytes())
 
 
 def measure(folder: str | Path, data: str | Path | None = None) -> dict[str, Any]:
@@ -124,7 +131,10 @@ def write_card(folder: str | Path, measured: dict[str, Any]) -> None:
         "trained_on": TRAINED_ON[measured["network"]],
         "data": DATA.get(made_by["dataset"], "Phantoms."),
         "table": "\n".join("| " + " | ".join(row) + " |" for row in table),
+        "images": "",
     }
+    if names := measured.get("images"):
+        texts["images"] = IMAGES.format(", ".join(f"`{name}`" for name in names))
     card = Template(Path(__file__).with_name("model_card.md").read_text()).substitute(texts)
     (Path(folder) / "README.md").write_text(card)
 
@@ -135,9 +145,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="run folder with the finished stages")
     parser.add_argument("folder", type=Path, help="folder to write, such as models/oasis2d-laptop")
     parser.add_argument("--data", type=Path, help="folder of the real data; default: the environment variables")
+    parser.add_argument("--images", action="store_true", help="add the networks of image diffusion to the folder")
     chosen = parser.parse_args(arguments)
-    halve(chosen.run, chosen.folder)
-    measured = measure(chosen.folder, chosen.data)
+    if chosen.images:
+        measured = json.loads((chosen.folder / "measured.json").read_text()) | {"images": IMAGE_MODELS}
+        halve(chosen.run, chosen.folder, IMAGE_MODELS)
+    else:
+        halve(chosen.run, chosen.folder, ("vqae", "denoiser", default_network(chosen.run)))
+        write_file(chosen.folder / "config.json", (chosen.run / "config.json").read_bytes())
+        measured = measure(chosen.folder, chosen.data)
     write_json(chosen.folder / "measured.json", measured)
     write_card(chosen.folder, measured)
     print((chosen.folder / "README.md").read_text())

@@ -1,6 +1,8 @@
 """The pretrained models do what their cards say, and another one can be published."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from models import publish
 from pairdiff_core import pipeline
 from pairdiff_core.data import DATASETS, default_dataset
 from pairdiff_core.errors import CheckpointError
+from pairdiff_core.pipeline.models import load_trained
+from pairdiff_core.profiles import get_profile
 from pairdiff_core.registration import register
 from pairdiff_core.storage import load_checkpoint, rounded
 
@@ -24,7 +28,7 @@ def measured_of(folder):
 
 def test_they_are_small():
     assert FOLDERS
-    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 20e6
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 40e6
 
 
 @each_model
@@ -70,5 +74,28 @@ def test_a_published_model_does_nearly_what_its_run_does(trained, measured, tmp_
 
 def test_a_network_that_is_missing_is_named_before_anything_is_written(tmp_path):
     with pytest.raises(CheckpointError, match="vqae.safetensors does not exist"):
-        publish.halve(tmp_path / "run", tmp_path / "new")
+        publish.halve(tmp_path / "run", tmp_path / "new", ["vqae"])
     assert not (tmp_path / "new").exists()
+
+
+def test_networks_of_images_are_added_to_a_published_model(images_made, tmp_path, monkeypatch):
+    run, made = images_made
+    folder = tmp_path / f"{run.dataset}-{run.profile.name}"
+    folder.mkdir()
+    shutil.copy(FOLDERS[0] / "measured.json", folder)
+    publish.main([str(run.path), str(folder), "--images"])
+    assert "`controlnet_fixed`" in (folder / "README.md").read_text()
+    monkeypatch.setenv("PAIRDIFF_MODELS", str(tmp_path))
+    loaded = pipeline.run_image_stages(replace(run, folder=tmp_path / "run"))
+    assert all(model.loaded for model in (*loaded.denoisers.values(), *loaded.control.values(), *loaded.plain.values()))
+    images = pipeline.t1_images(run, run.validation).some(2, "seen")
+    whole, halved = (each.autoencoder.model.encode(images) for each in (made, loaded))
+    torch.testing.assert_close(halved, whole, atol=0.02, rtol=0.02)
+
+
+def test_published_networks_of_images_fit_their_profile():
+    for folder in FOLDERS:
+        run = pipeline.open_run(folder)
+        profile = get_profile(run.profile.name, run.profile.spatial_dims)
+        for name in measured_of(folder).get("images", ()):
+            load_trained(folder / f"{name}.safetensors", profile)
