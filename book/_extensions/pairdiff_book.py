@@ -196,10 +196,10 @@ def leave_out_unused_widgets(
 
 
 def escape_shapes(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
-    """Keep the stars of shapes such as (N, *spatial), and bars such as |u|, from being markup in docstrings."""
+    """Keep the stars of shapes such as (N, *spatial), and bars such as |u|, from being markup; *word* is emphasis."""
     for index, line in enumerate(lines):
         parts = re.split(r"(``.*?``)", line)
-        parts[::2] = [re.sub(r"(?<!\*)\*(?=[A-Za-z])|\|", r"\\\g<0>", part) for part in parts[::2]]
+        parts[::2] = [re.sub(r"(?<!\*)\*(?=[A-Za-z])(?![A-Za-z]+\*)|\|", r"\\\g<0>", part) for part in parts[::2]]
         lines[index] = "".join(parts)
 
 
