@@ -21,7 +21,7 @@ def apply(
     onto: Annotated[Path | None, typer.Option(help="Image whose grid the result has. Default: the field's.")] = None,
     voxels: Annotated[bool, typer.Option("--voxels", help="Landmarks are in voxels of the field, not mm.")] = False,
     form: Annotated[
-        Literal["itk", "l2r"] | None, typer.Option("--format", help="Of the field. Default: from its shape.")
+        Literal["itk", "l2r"] | None, typer.Option("--format", help="Format of the field. Default: from its shape.")
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

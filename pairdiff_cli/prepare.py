@@ -31,7 +31,7 @@ def prepare(
     ] = False,
     profile: Annotated[
         ProfileName | None,
-        typer.Option(help="Whose networks the grid must fit. Default: PAIRDIFF_PROFILE, else quick."),
+        typer.Option(help="Profile whose networks the grid must fit. Default: PAIRDIFF_PROFILE, else quick."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
