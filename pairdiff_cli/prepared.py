@@ -25,7 +25,7 @@ MANY = 4  # times the voxels of the profile's own grid, above which a note says 
 
 
 class Prepared(NamedTuple):
-    """Pairs on one grid, and what to tell about them."""
+    """Pairs on one grid, and their description."""
 
     pairs: list[WrittenPair]
     described: DataDescription

@@ -92,7 +92,7 @@ def encode_training_pairs(run: Run, autoencoder: Trained) -> torch.Tensor:
 
 
 def encode_fixed_images(run: Run, autoencoder: Trained) -> torch.Tensor:
-    """The same for the fixed images of these pairs, each paired with itself; for a denoiser that is given them."""
+    """Stage 2 for a denoiser that is given fixed images: tokens of these images, each paired with itself."""
     return _encode_copies(run, autoencoder, "tokens-fixed", fixed_with_itself)
 
 
