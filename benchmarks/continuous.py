@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from pairdiff_core import metrics
-from pairdiff_core.data import load_pairs
 from pairdiff_core.data.contrasts import draw_images
 from pairdiff_core.pairs import PairSet, one_hot
 from pairdiff_core.pipeline import (
@@ -38,6 +37,7 @@ from pairdiff_core.pipeline import (
     translate,
 )
 from pairdiff_core.pipeline.image_stages import STAGE_OF
+from pairdiff_core.pipeline.measure import errors_on_phantoms
 from pairdiff_core.profiles import get_profile
 from pairdiff_core.registration import evaluate, register, summarise
 from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, write_json
@@ -118,8 +118,7 @@ def measure_network(run: Run, pairs: PairSet, kind: str, seed: int) -> dict[str,
     score = summarise(list(evaluate(run.validation, method)), run.validation.label_names)
     row |= {key: score[key] for key in ("dice", "hd95_mm", "folding_percent") if key in score}
     if run.dataset == "oasis2d":  # landmarks are known on phantoms only
-        phantoms = load_pairs("phantom2d", "validation", run.profile)
-        row["tre_mm"] = summarise(list(evaluate(phantoms, method)), phantoms.label_names)["tre_mm"]
+        row["tre_mm"] = errors_on_phantoms(run, {kind: network})[kind]
     print(seed, kind, f"Dice {score['dice']:.4f}", flush=True)
     return row | {"seconds": network.seconds}
 
@@ -152,10 +151,8 @@ def measure(run: Run, seeds: list[int], number: int = PAIRS, images: int = IMAGE
 
 
 def _before(run: Run) -> dict[str, float]:
-    pairs = {"dice": run.validation}
-    if run.dataset == "oasis2d":
-        pairs["tre_mm"] = load_pairs("phantom2d", "validation", run.profile)
-    return {key: summarise(list(evaluate(each, None)), each.label_names)[key] for key, each in pairs.items()}
+    before = {"dice": summarise(list(evaluate(run.validation, None)), run.validation.label_names)["dice"]}
+    return before | ({"tre_mm": errors_on_phantoms(run, {})["before"]} if run.dataset == "oasis2d" else {})
 
 
 def main() -> None:
