@@ -5,8 +5,9 @@
 The first argument is a run folder of `laptop`, in which the stages of images are trained or found; with
 PAIRDIFF_MODELS=models, the tokens come from the pretrained models. The models translate a contrast and draw images,
 which are measured. Then registration networks with the same settings learn from equally many pairs: real ones, pairs
-from tokens, and real fixed images whose moving partners the diffusion has drawn, with and without a ControlNet. Only
-these networks are trained for each seed. An interrupted command can be repeated.
+from tokens, and real fixed images whose moving partners are drawn: as tokens, by a denoiser that is given the fixed
+image, or by the diffusion, with and without a ControlNet. Only these networks are trained for each seed. An interrupted
+command can be repeated.
 """
 
 from __future__ import annotations
@@ -25,27 +26,38 @@ from pairdiff_core.pairs import PairSet, one_hot
 from pairdiff_core.pipeline import (
     ImageStageResults,
     Run,
+    decode_pairs,
     decode_partners,
     describe_pairs,
+    encode_fixed_images,
+    encode_training_pairs,
+    fixed_with_itself,
     load_or_make,
+    number_of_shards,
     run_image_stages,
     run_stages,
     sample_controlled,
     sample_latents,
+    sample_pairs,
     t1_images,
+    train_denoiser,
     train_registration,
+    train_vqae,
     translate,
 )
 from pairdiff_core.pipeline.image_stages import STAGE_OF
 from pairdiff_core.pipeline.measure import errors_on_phantoms
+from pairdiff_core.pipeline.stages import PAIRS_IN_A_SHARD
 from pairdiff_core.profiles import get_profile
 from pairdiff_core.registration import evaluate, register, summarise
 from pairdiff_core.storage import fingerprint, load_checkpoint, provenance, write_json
 from pairdiff_core.training import best_device
+from pairdiff_core.vqae import encode_pairs
 
 PAIRS = 512
 STEPS = 300  # of a registration network, of 800 at laptop: twelve are trained
 IMAGES = 64  # of unseen people, to translate and to compare with
+GIVEN = 0.5  # share of the training pairs whose fixed image is shown, where tokens of partners are drawn
 SHARD = 32  # partners that are drawn and saved together
 SCALES = {"ControlNet": 1.0, "U-Net alone": 0.0}  # of the control, by the kind of partners
 
@@ -106,8 +118,28 @@ def drawn_partners(run: Run, made: ImageStageResults, pairs: PairSet, kind: str)
     return decode_partners(made, pairs, load_or_make(run, name, inputs, draw, -(-len(pairs) // SHARD)))
 
 
+def partners_from_tokens(run: Run, pairs: PairSet) -> PairSet:
+    """The pairs with partners of their fixed images that a denoiser of tokens draws, which is given these images.
+
+    The denoiser is trained as the profile says, except that it is given the fixed image in half of the steps.
+    """
+    autoencoder = train_vqae(run)
+    denoiser = replace(run.profile.denoiser, given=GIVEN)
+    # another name, so that no pretrained denoiser is taken: it was not given fixed images
+    profile = replace(run.profile, name="given", denoiser=denoiser)
+    apart = replace(run, profile=profile, folder=run.path / profile.name)
+    tokens, fixed = encode_training_pairs(apart, autoencoder), encode_fixed_images(apart, autoencoder)
+    trained = train_denoiser(apart, tokens, fixed)
+    shown = encode_pairs(autoencoder.model, fixed_with_itself(pairs.labels))
+    parts = shown.split(PAIRS_IN_A_SHARD)
+    inputs = {"denoiser": trained.fingerprint, "given": fingerprint(shown)}
+    draw = lambda shard: sample_pairs(apart, trained, shard, parts[shard])  # noqa: E731
+    drawn = decode_pairs(apart, autoencoder, load_or_make(apart, "synthesis", inputs, draw, number_of_shards(apart)))
+    return replace(drawn, labels=torch.stack([pairs.fixed, drawn.moving], 1))  # (N, 2, *spatial)
+
+
 def _file_name(kind: str) -> str:
-    return kind.lower().replace(" ", "-")
+    return kind.lower().replace(",", "").replace(" ", "-")
 
 
 def measure_network(run: Run, pairs: PairSet, kind: str, seed: int) -> dict[str, Any]:
@@ -137,6 +169,7 @@ def measure(run: Run, seeds: list[int], number: int = PAIRS, images: int = IMAGE
     chosen = torch.randperm(len(run.train), generator=run.generator("chosen pairs"))[:number]
     real = run.train[chosen]
     sets, partners = {"real": real, "tokens": run_stages(run, "synthesis").synthetic}, {}
+    sets["tokens, given fixed"] = partners_from_tokens(run, real)
     for kind in SCALES:
         sets[kind], partners[kind] = drawn_partners(run, made, real, kind)
     measured = {

@@ -387,7 +387,7 @@ def test_equally_many_pairs_of_each_kind_train_a_registration(images_made, tmp_p
     run = replace(run, folder=tmp_path / "run")
     measured = continuous.measure(run, seeds=[0, 1], number=4, images=16)
     rows = {(row["training"], row["seed"]): row for row in measured["registration"]}
-    kinds = ["real", "tokens", "ControlNet", "U-Net alone"]
+    kinds = ["real", "tokens", "tokens, given fixed", "ControlNet", "U-Net alone"]
     assert list(rows) == [(kind, seed) for seed in (0, 1) for kind in kinds]
     assert all(0 < row["dice"] < 1 for row in rows.values())
     assert rows["real", 0]["dice"] != rows["real", 1]["dice"] != rows["ControlNet", 1]["dice"]

@@ -171,7 +171,8 @@ def sample_pairs(run: Run, denoiser: Trained, shard: int, given: torch.Tensor | 
     """One shard of the synthetic pairs of a run as tokens int16 (at most 8, *grid); no data are needed.
 
     Args:
-        given: tokens int (1, *grid) of a fixed image paired with itself, whose partners are drawn; None: new pairs.
+        given: tokens int (1, *grid) of a fixed image paired with itself, or such tokens for each pair of the shard;
+            their partners are drawn. None: new pairs.
     """
     settings, model, device = run.profile.synthesis, denoiser.model, best_device()
     number = min(PAIRS_IN_A_SHARD, settings.pairs - shard * PAIRS_IN_A_SHARD)
