@@ -64,14 +64,14 @@ SCALES = {"ControlNet": 1.0, "U-Net alone": 0.0}  # of the control, by the kind 
 
 def translations(run: Run, made: ImageStageResults, number: int) -> dict[str, dict[str, list[float]]]:
     """Mean and standard deviation of the errors of T1 images made from FLAIR-like ones, by method."""
-    unseen, coder = t1_images(run, run.validation), made.autoencoder.model
+    unseen, coder = t1_images(run, run.validation), made.models["kl_autoencoder"].model
     half = -(-number // 2)
     real, labels = unseen.batches(half, "unseen")(0)[:number], unseen.labels(half, "unseen")(0)[:number]
     seeds = [run.generator(f"FLAIR {index}") for index in range(number)]
     flair = draw_images(labels, "FLAIR", run.profile.num_labels, seeds)
     found = {
-        "ControlNet": coder.decode(sample_controlled(run, made, "controlnet_flair", flair, "translation")),
-        "U-Net": translate(made.plain["translator"], flair),
+        "ControlNet": coder.decode(sample_controlled(run, made.models, "controlnet_flair", flair, "translation")),
+        "U-Net": translate(made.models["translator"], flair),
         "copy": flair,
         "autoencoder": coder.decode(coder.encode(real)),
     }
@@ -90,7 +90,7 @@ def sampled_images(
     Images "from tokens" are drawn from synthetic label maps. Two rows are references: training people again, and unseen
     people.
     """
-    coder = made.autoencoder.model
+    coder = made.models["kl_autoencoder"].model
     seen, again = (
         coder.decode(coder.encode(t1_images(run, pairs).some(number, purpose)))
         for pairs, purpose in ((run.validation, "unseen"), (run.train, "again"))
@@ -99,7 +99,7 @@ def sampled_images(
     drawn = draw_images(tokens.fixed[:number], "T1", run.profile.num_labels, seeds)
     sets = {"training people, drawn again": again, "unseen people": seen, "tokens": coder.decode(coder.encode(drawn))}
     for name, sampler in {"DDIM": "ddim", "rectified flow": "rflow"}.items():
-        sets[name] = coder.decode(sample_latents(run, made.denoisers[STAGE_OF[sampler]], sampler, number))
+        sets[name] = coder.decode(sample_latents(run, made.models[STAGE_OF[sampler]], sampler, number))
     sets |= {f"partners, {kind}": images[:number] for kind, images in partners.items()}
     return metrics.compare_images(coder.decode(made.latents), seen, sets)
 
@@ -110,12 +110,12 @@ def drawn_partners(run: Run, made: ImageStageResults, pairs: PairSet, kind: str)
 
     def draw(shard: int) -> torch.Tensor:
         conditions = one_hot(pairs.fixed[shard * SHARD : (shard + 1) * SHARD], pairs.num_labels)
-        return sample_controlled(run, made, "controlnet_fixed", conditions, f"partners {shard}", scale)
+        return sample_controlled(run, made.models, "controlnet_fixed", conditions, f"partners {shard}", scale)
 
-    inputs = {"pairs": fingerprint(pairs.labels), "control": made.control["controlnet_fixed"].fingerprint}
+    inputs = {"pairs": fingerprint(pairs.labels), "control": made.models["controlnet_fixed"].fingerprint}
     inputs |= {"scale": scale, "sampling_steps": run.profile.controlnet_fixed.sampling_steps}
     name = f"partners-{_file_name(kind)}"
-    return decode_partners(made, pairs, load_or_make(run, name, inputs, draw, -(-len(pairs) // SHARD)))
+    return decode_partners(made.models, pairs, load_or_make(run, name, inputs, draw, -(-len(pairs) // SHARD)))
 
 
 def partners_from_tokens(run: Run, pairs: PairSet) -> PairSet:

@@ -19,6 +19,7 @@ STAGES = ("vqae", "tokens", "denoiser", "synthesis", "registration")  # in the o
 IMAGE_STAGES = (  # of grey slices, in their order
     *("kl_autoencoder", "latents", "gaussian_denoiser", "rectified_flow"),
     *("controlnet_flair", "controlnet_fixed", "translator", "segmenter"),
+    *("student", "encoders", "score_network"),
 )
 GROUPS = 4  # of group normalisation in the networks of image diffusion
 
@@ -183,6 +184,40 @@ class ImageUNetSettings:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class StudentSettings:
+    """A student of the diffusion that draws in one step; it is of the size of its U-Net."""
+
+    divergence: str  # one of ``distillation.WEIGHTS``
+    steps: int
+    batch: int
+    learning_rate: float
+    average: float  # decay per step of the moving average of the weights
+
+
+@dataclass(frozen=True)
+class EncodersSettings:
+    """Two encoders, of T1-like and FLAIR-like slices, that share a space of embeddings."""
+
+    channels: tuple[int, ...]  # of MONAI's Regressor; each level halves the grid
+    embedding: int  # numbers of an embedding
+    pairs: int  # of a T1 and a FLAIR image of the same slice, drawn once
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ScoreNetworkSettings:
+    """A denoiser of T1 slices beside their FLAIR images, for all levels of noise, as the prior of a reconstruction."""
+
+    channels: tuple[int, ...]  # of MONAI's UNet; each level but the last halves the grid
+    steps: int
+    batch: int  # pairs, of which both images are used
+    learning_rate: float
+    sampling_steps: int  # of a reconstruction
+
+
 # A network may be used with other values of these than it was trained with: its weights do not depend on them, or the
 # value is among its recorded inputs (breathing).
 AFTER_TRAINING = (
@@ -205,13 +240,16 @@ class Profile:
     synthesis: SynthesisSettings
     registration: RegistrationSettings
     mixed_precision: tuple[str, ...] = ()  # stages that are safe in bfloat16
-    kl_autoencoder: KLAutoencoderSettings | None = None  # these seven are for slices only
+    kl_autoencoder: KLAutoencoderSettings | None = None  # these ten are for slices only
     gaussian_denoiser: DiffusionSettings | None = None
     rectified_flow: DiffusionSettings | None = None
     controlnet_flair: ControlNetSettings | None = None
     controlnet_fixed: ControlNetSettings | None = None
     translator: ImageUNetSettings | None = None
     segmenter: ImageUNetSettings | None = None
+    student: StudentSettings | None = None
+    encoders: EncodersSettings | None = None
+    score_network: ScoreNetworkSettings | None = None
 
     @property
     def spatial_dims(self) -> int:
@@ -226,6 +264,11 @@ _QUICK_CONTROL = ControlNetSettings(
     embedding=(8, 16, 32), steps=100, batch=4, learning_rate=5e-3, average=0.98, sampling_steps=10
 )
 _QUICK_IMAGE_UNET = ImageUNetSettings(channels=(8, 16, 32, 32, 32, 8), steps=100, batch=1, learning_rate=5e-3)
+_QUICK_STUDENT = StudentSettings("Jensen-Shannon", steps=60, batch=4, learning_rate=5e-4, average=0.95)
+_QUICK_ENCODERS = EncodersSettings((8, 16, 32, 32), embedding=32, pairs=256, steps=60, batch=32, learning_rate=2e-3)
+_QUICK_SCORE_NETWORK = ScoreNetworkSettings(
+    channels=(16, 32, 64), steps=300, batch=2, learning_rate=4e-3, sampling_steps=15
+)
 
 _QUICK_2D = Profile(
     name="quick",
@@ -267,6 +310,9 @@ _QUICK_2D = Profile(
     controlnet_fixed=_QUICK_CONTROL,
     translator=_QUICK_IMAGE_UNET,
     segmenter=_QUICK_IMAGE_UNET,
+    student=_QUICK_STUDENT,
+    encoders=_QUICK_ENCODERS,
+    score_network=_QUICK_SCORE_NETWORK,
 )
 
 _LAPTOP_DIFFUSION = DiffusionSettings(
@@ -276,6 +322,11 @@ _LAPTOP_CONTROL = ControlNetSettings(
     embedding=(16, 32, 64), steps=500, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=20
 )
 _LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=400, batch=2, learning_rate=2e-3)
+_LAPTOP_STUDENT = StudentSettings("Jensen-Shannon", steps=600, batch=4, learning_rate=3e-4, average=0.99)
+_LAPTOP_ENCODERS = EncodersSettings((16, 32, 64, 64), embedding=64, pairs=1024, steps=400, batch=32, learning_rate=2e-3)
+_LAPTOP_SCORE_NETWORK = ScoreNetworkSettings(
+    channels=(32, 64, 128), steps=800, batch=2, learning_rate=2e-3, sampling_steps=15
+)
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))
 
@@ -331,6 +382,9 @@ _LAPTOP_2D = Profile(
     controlnet_fixed=_LAPTOP_CONTROL,
     translator=_LAPTOP_IMAGE_UNET,
     segmenter=_LAPTOP_IMAGE_UNET,
+    student=_LAPTOP_STUDENT,
+    encoders=_LAPTOP_ENCODERS,
+    score_network=_LAPTOP_SCORE_NETWORK,
 )
 
 # Sizes as in MONAI's tutorials on latent diffusion; no network for these slices has been published.
@@ -347,6 +401,13 @@ _PAPER_CONTROL = ControlNetSettings(
     embedding=(64, 128, 256), steps=100_000, batch=16, learning_rate=1e-4, average=0.999, sampling_steps=50
 )
 _PAPER_IMAGE_UNET = ImageUNetSettings(channels=(32, 32, 64, 128, 256, 32), steps=100_000, batch=8, learning_rate=1e-4)
+_PAPER_STUDENT = StudentSettings("Jensen-Shannon", steps=20_000, batch=16, learning_rate=5e-5, average=0.999)
+_PAPER_ENCODERS = EncodersSettings(
+    (32, 64, 128, 256), embedding=128, pairs=16_384, steps=50_000, batch=128, learning_rate=2e-4
+)
+_PAPER_SCORE_NETWORK = ScoreNetworkSettings(
+    channels=(64, 128, 256), steps=100_000, batch=8, learning_rate=1e-4, sampling_steps=50
+)
 
 _PAPER_2D = Profile(
     name="paper",
@@ -403,6 +464,9 @@ _PAPER_2D = Profile(
     controlnet_fixed=_PAPER_CONTROL,
     translator=_PAPER_IMAGE_UNET,
     segmenter=_PAPER_IMAGE_UNET,
+    student=_PAPER_STUDENT,
+    encoders=_PAPER_ENCODERS,
+    score_network=_PAPER_SCORE_NETWORK,
 )
 
 # The 3D profiles.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pairdiff_core import controlnet, latent_diffusion
+from pairdiff_core.images import controlnet, latent_diffusion
 from pairdiff_core.profiles import ControlNetSettings, get_profile
 from pairdiff_core.training import fit
 

@@ -23,19 +23,19 @@ def test_the_stages_fit_together(images_made):
     assert results.latents.shape == (70, 2, 32, 40)
     assert {path.stem for path in run.path.glob("*.safetensors")} == set(IMAGE_STAGES)
     for sampler, stage in (("ddpm", "gaussian_denoiser"), ("ddim", "gaussian_denoiser"), ("rflow", "rectified_flow")):
-        latents = pipeline.sample_latents(run, results.denoisers[stage], sampler, 3)
-        images = results.autoencoder.model.decode(latents)
+        latents = pipeline.sample_latents(run, results.models[stage], sampler, 3)
+        images = results.models["kl_autoencoder"].model.decode(latents)
         assert images.shape == (3, 1, *run.profile.spatial) and 0 <= images.min() <= images.max() <= 1
-        assert torch.equal(latents, pipeline.sample_latents(run, results.denoisers[stage], sampler, 3))
+        assert torch.equal(latents, pipeline.sample_latents(run, results.models[stage], sampler, 3))
 
 
 def test_everything_is_loaded_the_second_time(images_made):
     run, results = images_made
     again = pipeline.run_image_stages(run)
-    assert again.autoencoder.loaded and all(each.loaded for each in again.denoisers.values())
+    assert all(each.loaded for each in again.models.values())
     assert torch.equal(again.latents, results.latents)
     assert pipeline.load_model(run.path, "gaussian_denoiser").fingerprint == (
-        results.denoisers["gaussian_denoiser"].fingerprint
+        results.models["gaussian_denoiser"].fingerprint
     )
 
 
@@ -45,7 +45,7 @@ def test_the_standardisation_of_latents_is_stored_with_the_weights(images_made):
     assert not torch.equal(tensors["statistics.running_mean"], torch.zeros(2))
     loaded = pipeline.load_model(run.path, "kl_autoencoder").model
     images = pipeline.t1_images(run, run.validation).some(3, "test")
-    assert torch.equal(loaded.encode(images), results.autoencoder.model.encode(images))
+    assert torch.equal(loaded.encode(images), results.models["kl_autoencoder"].model.encode(images))
 
 
 def test_a_paused_training_ends_with_the_same_bits(images_made, tmp_path):
@@ -54,7 +54,7 @@ def test_a_paused_training_ends_with_the_same_bits(images_made, tmp_path):
     with pytest.raises(Paused, match="kl_autoencoder: time is over, paused after step 4"):
         pipeline.train_kl_autoencoder(paused)
     again = pipeline.train_kl_autoencoder(small_image_run(tmp_path))
-    assert again.fingerprint == images_made[1].autoencoder.fingerprint
+    assert again.fingerprint == images_made[1].models["kl_autoencoder"].fingerprint
 
 
 def test_other_settings_and_inputs_are_refused(images_made):
@@ -74,7 +74,7 @@ def test_a_pretrained_model_takes_the_place_of_a_training(images_made, tmp_path,
     (tmp_path / "phantom2d-quick").symlink_to(run.path)
     monkeypatch.setenv("PAIRDIFF_MODELS", str(tmp_path))
     found = pipeline.train_kl_autoencoder(small_image_run(tmp_path / "new", seed=1))
-    assert found.loaded and found.fingerprint == results.autoencoder.fingerprint
+    assert found.loaded and found.fingerprint == results.models["kl_autoencoder"].fingerprint
 
 
 def test_volumes_are_refused_and_leave_no_folder(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pairdiff_core import latent_diffusion
+from pairdiff_core.images import latent_diffusion
 from pairdiff_core.profiles import get_profile
 from pairdiff_core.training import fit
 

@@ -16,13 +16,13 @@ FLOORS = (
     {"__init__", "errors", "fields"},
     {"motion", "pairs", "profiles", "storage"},
     {"metrics", "training"},
-    {"vqae", "absorbing", "latent_diffusion", "controlnet", "registration", "augmentation", "data", "pairdiff_figures"},
+    {"vqae", "absorbing", "images", "registration", "augmentation", "data", "pairdiff_figures"},
     {"pipeline"},
     {"pairdiff_cli"},
     {"__main__"},
 )
 METHOD = {"fields", "motion", "pairs", "profiles", "vqae", "absorbing", "registration", "augmentation", "metrics"}
-METHOD |= {"latent_diffusion", "controlnet"}
+METHOD |= {"images"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGES = ("pairdiff_core", "pairdiff_figures", "pairdiff_cli")
 FILES = {

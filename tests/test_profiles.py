@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from pairdiff_core.latent_diffusion import new_scheduler
+from pairdiff_core.images.latent_diffusion import new_scheduler
 from pairdiff_core.pipeline import new_denoiser, new_kl_autoencoder, new_registration, new_vqae
 from pairdiff_core.profiles import PROFILES, get_profile, profile_from_json, to_json, trained_settings, with_levels
 

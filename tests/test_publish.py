@@ -89,9 +89,9 @@ def test_networks_of_images_are_added_to_a_published_model(images_made, tmp_path
     assert "`controlnet_fixed`" in (folder / "README.md").read_text()
     monkeypatch.setenv("PAIRDIFF_MODELS", str(tmp_path))
     loaded = pipeline.run_image_stages(replace(run, folder=tmp_path / "run"))
-    assert all(model.loaded for model in (*loaded.denoisers.values(), *loaded.control.values(), *loaded.plain.values()))
+    assert all(model.loaded for model in loaded.models.values())
     images = pipeline.t1_images(run, run.validation).some(2, "seen")
-    whole, halved = (each.autoencoder.model.encode(images) for each in (made, loaded))
+    whole, halved = (each.models["kl_autoencoder"].model.encode(images) for each in (made, loaded))
     torch.testing.assert_close(halved, whole, atol=0.02, rtol=0.02)
 
 

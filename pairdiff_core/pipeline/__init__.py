@@ -1,10 +1,8 @@
 """The method as a pipeline: a run, its models, its five stages, measuring it, and the stages of image diffusion."""
 
 from .control_stages import (
-    ImageStageResults,
     decode_partners,
     draw_partners,
-    run_image_stages,
     sample_controlled,
     segment,
     train_controlnet,
@@ -20,8 +18,10 @@ from .image_stages import (
     t1_images,
     train_kl_autoencoder,
     train_latent_denoiser,
+    train_student,
 )
 from .measure import keep_measured, measure, methods, read_measured
+from .modality_stages import both_contrasts, train_encoders, train_score_network
 from .models import (
     Trained,
     chosen_model,
@@ -31,14 +31,17 @@ from .models import (
     load_model,
     new_control,
     new_denoiser,
+    new_encoders,
     new_kl_autoencoder,
     new_latent_unet,
     new_registration,
+    new_score_network,
     new_vqae,
     pretrained_models,
 )
 from .own_data import profile_for, trainable_grid
 from .run import Run, open_run
+from .run_images import ImageStageResults, run_image_stages
 from .stages import (
     StageResults,
     Training,

@@ -1,4 +1,4 @@
-"""The stages of control on grey slices: two ControlNets, two plain U-Nets, and all stages of images in their order.
+"""The stages of control on grey slices: two ControlNets and two plain U-Nets.
 
 A ControlNet is trained beside the locked U-Net of the stage "gaussian_denoiser". Its condition is an image of another
 contrast, or the label map of the fixed image, whose moving partner is drawn. The plain U-Nets need no diffusion: one
@@ -7,7 +7,7 @@ translates the contrast, too, and one finds the labels of a drawn partner, which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
@@ -16,20 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pairdiff_core import controlnet, latent_diffusion
 from pairdiff_core.data.contrasts import draw_images
+from pairdiff_core.images import controlnet, latent_diffusion
 from pairdiff_core.pairs import PairSet, one_hot
-from pairdiff_core.pipeline.image_stages import (
-    SHARD,
-    encode_training_images,
-    t1_images,
-    train_kl_autoencoder,
-    train_latent_denoiser,
-)
-from pairdiff_core.pipeline.models import Trained, new_kl_autoencoder
+from pairdiff_core.pipeline.image_stages import SHARD, t1_images
+from pairdiff_core.pipeline.models import Trained
 from pairdiff_core.pipeline.run import Run
 from pairdiff_core.pipeline.stages import Training, load_or_train, load_pretrained
-from pairdiff_core.profiles import IMAGE_STAGES
 from pairdiff_core.storage import fingerprint
 from pairdiff_core.training import Samples, best_device
 
@@ -143,19 +136,20 @@ def segment(segmenter: Trained, images: torch.Tensor) -> torch.Tensor:
 
 
 def sample_controlled(
-    run: Run, networks: ImageStageResults, stage: str, conditions: torch.Tensor, purpose: str, scale: float = 1.0
+    run: Run, models: Mapping[str, Trained], stage: str, conditions: torch.Tensor, purpose: str, scale: float = 1.0
 ) -> torch.Tensor:
     """Latents float (N, L, *grid) under the control of N conditions float (N, C, *spatial), by DDIM.
 
     Args:
-        networks: with the ControlNet of the ``stage``, "controlnet_flair" or "controlnet_fixed".
+        models: by stage: "kl_autoencoder", "gaussian_denoiser" and the ControlNet.
+        stage: "controlnet_flair" or "controlnet_fixed".
         purpose: of the noise that they start from: the same gives the same latents.
         scale: see :func:`controlnet.controlled`.
     """
-    unet, control, device = networks.denoisers["gaussian_denoiser"].model, networks.control[stage].model, best_device()
+    unet, control, device = models["gaussian_denoiser"].model, models[stage].model, best_device()
     timesteps, steps = run.profile.gaussian_denoiser.timesteps, getattr(run.profile, stage).sampling_steps
     scheduler = latent_diffusion.new_scheduler("ddim", timesteps, steps)
-    grid = networks.autoencoder.model.latent_grid(run.profile.spatial)
+    grid = models["kl_autoencoder"].model.latent_grid(run.profile.spatial)
     generator, latents = run.generator(purpose, device), []
     for part in conditions.split(AT_ONCE):
         steered = controlnet.controlled(unet, control, part.to(device), scale)
@@ -165,55 +159,28 @@ def sample_controlled(
 
 
 def draw_partners(
-    run: Run, networks: ImageStageResults, pairs: PairSet, scale: float = 1.0
+    run: Run, models: Mapping[str, Trained], pairs: PairSet, scale: float = 1.0
 ) -> tuple[PairSet, torch.Tensor]:
     """New moving partners for the fixed images of some pairs, as :func:`decode_partners` returns them.
 
     Args:
-        networks: with "controlnet_fixed" and "segmenter".
+        models: by stage: "kl_autoencoder", "gaussian_denoiser", "controlnet_fixed" and "segmenter".
         scale: of the control; 0 draws without it.
     """
     conditions = one_hot(pairs.fixed, pairs.num_labels)
-    latents = sample_controlled(run, networks, "controlnet_fixed", conditions, "partners", scale)
-    return decode_partners(networks, pairs, latents)
+    latents = sample_controlled(run, models, "controlnet_fixed", conditions, "partners", scale)
+    return decode_partners(models, pairs, latents)
 
 
-def decode_partners(networks: ImageStageResults, pairs: PairSet, latents: torch.Tensor) -> tuple[PairSet, torch.Tensor]:
+def decode_partners(
+    models: Mapping[str, Trained], pairs: PairSet, latents: torch.Tensor
+) -> tuple[PairSet, torch.Tensor]:
     """Partners of the fixed images of N pairs, from their latents float (N, L, *grid).
 
     Returns:
         The pairs with the labels of the partners as moving images, and the partners themselves, float (N, 1, *spatial).
     """
-    images = networks.autoencoder.model.decode(latents)
-    labels = torch.stack([pairs.fixed, segment(networks.plain["segmenter"], images)], 1)  # (N, 2, *spatial)
+    images = models["kl_autoencoder"].model.decode(latents)
+    labels = torch.stack([pairs.fixed, segment(models["segmenter"], images)], 1)  # (N, 2, *spatial)
     names = tuple(f"{name.split('~')[0]}~partner_{number:04d}" for number, name in enumerate(pairs.names))
     return replace(pairs, labels=labels, names=names, displacement=None, landmarks=None), images
-
-
-class ImageStageResults(NamedTuple):
-    """Results of the stages of images; None or empty if not requested."""
-
-    autoencoder: Trained
-    latents: torch.Tensor | None
-    denoisers: dict[str, Trained]  # by stage, as are the next two
-    control: dict[str, Trained]
-    plain: dict[str, Trained]  # without diffusion
-
-
-def run_image_stages(run: Run, last: str = IMAGE_STAGES[-1]) -> ImageStageResults:
-    """Run, or load, the stages of images in their order, up to the ``last`` of ``IMAGE_STAGES``.
-
-    Raises:
-        CheckpointError, Paused: as :func:`load_or_train`.
-        DataError: for volumes.
-    """
-    new_kl_autoencoder(run.profile)  # a profile without it is refused before a folder is made
-    wanted = IMAGE_STAGES[: IMAGE_STAGES.index(last) + 1]
-    autoencoder = train_kl_autoencoder(run)
-    latents = encode_training_images(run, autoencoder) if "latents" in wanted else None
-    denoisers = {stage: train_latent_denoiser(run, latents, stage) for stage in wanted[2:4]}
-    control = {stage: train_controlnet(run, latents, denoisers["gaussian_denoiser"], stage) for stage in wanted[4:6]}
-    plain = {"translator": train_translator, "segmenter": partial(train_segmenter, autoencoder=autoencoder)}
-    return ImageStageResults(
-        autoencoder, latents, denoisers, control, {stage: plain[stage](run) for stage in wanted[6:]}
-    )

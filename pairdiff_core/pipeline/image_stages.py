@@ -1,4 +1,4 @@
-"""The stages of diffusion on grey slices: autoencoder, latents, and two denoisers of latents.
+"""The stages of diffusion on grey slices: autoencoder, latents, two denoisers of latents, and a student of one.
 
 They load or make their results as the five stages of the method do, in the same run folder. Images are the measured T1
 slices if the data set has them, else T1-like ones that are drawn from freshly warped label maps.
@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from pairdiff_core import latent_diffusion
 from pairdiff_core.augmentation import WarpedPairs
 from pairdiff_core.data.contrasts import draw_images, each_slice_once, measured_t1
+from pairdiff_core.images import distillation, latent_diffusion
 from pairdiff_core.pairs import PairSet
 from pairdiff_core.pipeline.models import Trained, new_kl_autoencoder
 from pairdiff_core.pipeline.run import Run
@@ -84,14 +85,22 @@ def t1_images(run: Run, pairs: PairSet) -> T1Images:
     return T1Images(run, pairs, measured_t1(pairs, run.dataset, run.data))
 
 
-def train_kl_autoencoder(run: Run) -> Trained:
-    """The autoencoder of T1 images; its history holds both parts of the loss."""
-    if pretrained := load_pretrained(run, "kl_autoencoder"):
+def train_kl_autoencoder(run: Run, *, kl: bool = True, adversarial: bool = False) -> Trained:
+    """The autoencoder of T1 images; its history holds the parts of the loss.
+
+    Args:
+        kl: whether the loss has its second part.
+        adversarial: whether a discriminator adds a third one. Each choice has a result of its own in the run folder.
+    """
+    name = "kl_autoencoder" + ("" if kl else "-l1") + ("-adversarial" if adversarial else "")
+    if pretrained := load_pretrained(run, name):
         return pretrained
     settings, images = run.profile.kl_autoencoder, t1_images(run, run.train)
-    loss = partial(latent_diffusion.autoencoder_loss, kl_weight=settings.kl_weight)
+    loss = latent_diffusion.adversarial_loss if adversarial else latent_diffusion.autoencoder_loss
+    loss = partial(loss, kl_weight=settings.kl_weight if kl else 0.0)
+    opponent = partial(latent_diffusion.new_discriminator, run.profile.spatial_dims) if adversarial else None
     batches = images.batches(settings.batch, "kl_autoencoder")
-    return load_or_train(run, Training("kl_autoencoder", images.inputs(), loss, batches))
+    return load_or_train(run, Training(name, images.inputs(), loss, batches, opponent=opponent))
 
 
 def encode_training_images(run: Run, autoencoder: Trained) -> torch.Tensor:
@@ -124,6 +133,30 @@ def train_latent_denoiser(run: Run, latents: torch.Tensor, stage: str) -> Traine
 
     loss = partial(loss, timesteps=settings.timesteps)
     return load_or_train(run, Training(stage, {"latents": fingerprint(latents)}, loss, batch))
+
+
+def train_student(run: Run, latents: torch.Tensor, denoiser: Trained) -> Trained:
+    """A U-Net that draws a latent in one step, learned from the U-Net of the stage "gaussian_denoiser".
+
+    Args:
+        latents: of training images, from :func:`encode_training_images`.
+    """
+    if pretrained := load_pretrained(run, "student"):
+        return pretrained
+    settings, timesteps = run.profile.student, run.profile.gaussian_denoiser.timesteps
+    teacher = denoiser.model.requires_grad_(False)
+    samples = Samples(len(latents), settings.batch, run.seed_of("student"))
+
+    def batch(step: int) -> distillation.Batch:
+        return distillation.training_batch(latents[samples.chosen(step)], timesteps, samples.generators(step, "noise"))
+
+    def start(student: nn.Module) -> None:
+        student.load_state_dict(teacher.state_dict())
+
+    loss = partial(distillation.matching_loss, teacher=teacher, timesteps=timesteps, divergence=settings.divergence)
+    opponent = partial(distillation.Critics, teacher, latents.shape[1:])
+    inputs = {"latents": fingerprint(latents), "denoiser": denoiser.fingerprint}
+    return load_or_train(run, Training("student", inputs, loss, batch, start, opponent))
 
 
 def sample_latents(run: Run, denoiser: Trained, sampler: str, number: int) -> torch.Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from pairdiff_core.absorbing import Denoiser
-from pairdiff_core.controlnet import new_controlnet, new_image_unet
 from pairdiff_core.errors import CheckpointError, DataError
-from pairdiff_core.latent_diffusion import KLAutoencoder, new_unet
+from pairdiff_core.images.controlnet import new_controlnet, new_image_unet
+from pairdiff_core.images.latent_diffusion import KLAutoencoder, new_unet
+from pairdiff_core.images.modalities import Encoders
+from pairdiff_core.images.reconstruction import ScoreNetwork
 from pairdiff_core.pipeline.run import Run, open_run
 from pairdiff_core.profiles import Profile, trained_settings
 from pairdiff_core.registration import RegistrationNetwork
@@ -54,8 +56,9 @@ def new_kl_autoencoder(profile: Profile) -> KLAutoencoder:
 
 
 def new_latent_unet(profile: Profile, stage: str) -> nn.Module:
-    """The untrained U-Net of one of the stages "gaussian_denoiser" and "rectified_flow" of a profile."""
-    return new_unet(getattr(profile, stage), profile.kl_autoencoder.latent_channels, profile.spatial_dims)
+    """The untrained U-Net of one of the stages "gaussian_denoiser", "rectified_flow" and "student" of a profile."""
+    settings = profile.gaussian_denoiser if stage == "student" else getattr(profile, stage)
+    return new_unet(settings, profile.kl_autoencoder.latent_channels, profile.spatial_dims)
 
 
 def new_control(profile: Profile, stage: str) -> nn.Module:
@@ -73,6 +76,16 @@ def new_plain_unet(profile: Profile, stage: str) -> nn.Module:
     return new_image_unet(getattr(profile, stage), outputs, profile.spatial_dims)
 
 
+def new_encoders(profile: Profile) -> Encoders:
+    """The untrained encoders of both contrasts of a profile."""
+    return Encoders(profile.encoders, profile.spatial)
+
+
+def new_score_network(profile: Profile) -> ScoreNetwork:
+    """The untrained score network of a profile."""
+    return ScoreNetwork(profile.score_network, profile.spatial_dims)
+
+
 NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
     "vqae": new_vqae,
     "denoiser": new_denoiser,
@@ -84,6 +97,9 @@ NEW_MODEL: dict[str, Callable[[Profile], nn.Module]] = {
     "controlnet_fixed": partial(new_control, stage="controlnet_fixed"),
     "translator": partial(new_plain_unet, stage="translator"),
     "segmenter": partial(new_plain_unet, stage="segmenter"),
+    "student": partial(new_latent_unet, stage="student"),
+    "encoders": new_encoders,
+    "score_network": new_score_network,
 }
 
 

@@ -50,13 +50,27 @@ class Training:
         loss: from (model, batch) to named scalars.
         batches: from the number of a step to its batch.
         start: gives the untrained model other weights to start from; None: random ones.
+        opponent: makes a network that is trained beside the model and not kept, such as a discriminator. The loss is
+            then from (model, opponent, batch). None for none.
     """
 
     name: str
     inputs: dict[str, Any]
-    loss: Callable[[nn.Module, Any], dict[str, torch.Tensor]]
+    loss: Callable[..., dict[str, torch.Tensor]]
     batches: Callable[[int], Any]
     start: Callable[[Any], None] | None = None
+    opponent: Callable[[], nn.Module] | None = None
+
+
+class _WithOpponent(nn.Module):
+    """A model and its opponent as one module, whose output is the loss: so several processes can train both."""
+
+    def __init__(self, model: nn.Module, opponent: nn.Module, loss: Callable[..., dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.model, self.opponent, self.loss = model, opponent, loss
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        return self.loss(self.model, self.opponent, batch)
 
 
 # ---------------------------------------------------------------------------------------------- the stages
@@ -307,10 +321,13 @@ def load_or_train(run: Run, training: Training) -> Trained:
         model, allowed = NEW_MODEL[stage](run.profile), stage in run.profile.mixed_precision
         if training.start is not None:
             training.start(model)
+        fitted, loss = model, training.loss
+        if training.opponent is not None:
+            fitted, loss = _WithOpponent(model, training.opponent(), loss), nn.Module.__call__
         progress = Progress(run.path / f"{name}.progress", config | {"processes": distributed.count()}, run.saving)
         fabric = new_fabric(allowed)
         history = fit(
-            model, training.loss, training.batches, settings,
+            fitted, loss, training.batches, settings,
             seed=run.seed_of(stage), fabric=fabric, progress=progress, description=name,
         )  # fmt: skip
         description = _description(run, name, config, progress.seconds) | {"history": history}

@@ -19,11 +19,12 @@ from torch import nn
 from pairdiff_core.profiles import GROUPS, DiffusionSettings, KLAutoencoderSettings
 
 if TYPE_CHECKING:
-    from monai.networks.nets import DiffusionModelUNet
+    from monai.networks.nets import DiffusionModelUNet, PatchDiscriminator
     from monai.networks.schedulers.scheduler import Scheduler
 
 SAMPLERS = ("ddpm", "ddim", "rflow")
 IMAGES_AT_ONCE = 32  # encoded or decoded together, which limits the memory
+ADVERSARIAL_WEIGHT = 0.01  # as in MONAI's tutorial on latent diffusion
 MOMENTUM = 0.02  # share of a batch in the running mean and variance of the latents
 
 
@@ -115,11 +116,46 @@ def autoencoder_loss(model: nn.Module, images: torch.Tensor, kl_weight: float) -
         model: a :class:`KLAutoencoder`, or a wrapper of one.
         images: float (N, 1, *spatial), 0 to 1.
     """
-    output = model(images)
+    return _reconstruction_terms(model(images), images, kl_weight)
+
+
+def _reconstruction_terms(output: Coded, images: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
     l1 = F.l1_loss(output.images, images)
     variance = output.deviation.square()
     kl = (output.mean.square() + variance - variance.log() - 1).mean() / 2
     return {"loss": l1 + kl_weight * kl, "l1": l1, "kl": kl}
+
+
+def new_discriminator(spatial_dims: int) -> PatchDiscriminator:
+    """MONAI's ``PatchDiscriminator`` of grey images; each of its outputs judges a patch."""
+    from monai.networks.nets import PatchDiscriminator  # here, because importing it takes seconds
+
+    return PatchDiscriminator(spatial_dims, channels=16, in_channels=1, num_layers_d=2, norm="INSTANCE")
+
+
+def adversarial_loss(
+    model: nn.Module, discriminator: nn.Module, images: torch.Tensor, kl_weight: float
+) -> dict[str, torch.Tensor]:
+    """:func:`autoencoder_loss` and the adversarial term of both networks, neither of which changes the other.
+
+    The discriminator learns to give 1 to images and 0 to reconstructions, and the autoencoder to be given 1, by least
+    squares (MONAI's ``PatchAdversarialLoss``), with a small weight (Esser et al., CVPR 2021; Rombach et al. 2022).
+
+    Returns:
+        ``loss``, the sum; ``l1``, ``kl``, ``adversarial``, and ``discriminator``, its loss.
+    """
+    from monai.losses import PatchAdversarialLoss  # here, because importing it takes seconds
+
+    output, judge = model(images), PatchAdversarialLoss(criterion="least_squares")
+    terms = _reconstruction_terms(output, images, kl_weight)
+    fixed = {name: weights.detach() for name, weights in discriminator.named_parameters()}
+    seen = torch.func.functional_call(discriminator, fixed, output.images)
+    terms["adversarial"] = judge(seen[-1], target_is_real=True, for_discriminator=False)
+    pairs = ((images, True), (output.images.detach(), False))
+    judged = [judge(discriminator(each)[-1], target_is_real=real, for_discriminator=True) for each, real in pairs]
+    terms["discriminator"] = sum(judged) / 2
+    terms["loss"] = terms["loss"] + ADVERSARIAL_WEIGHT * terms["adversarial"] + terms["discriminator"]
+    return terms
 
 
 def new_unet(settings: DiffusionSettings, latent_channels: int, spatial_dims: int) -> DiffusionModelUNet:

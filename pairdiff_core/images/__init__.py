@@ -1,0 +1,1 @@
+"""Models of grey images: diffusion with Gaussian noise, control, a one-step student, modalities, missing data."""
