@@ -3,11 +3,11 @@
     python -m benchmarks.continuous runs/images --data DIR --json book/results/continuous.json
 
 The first argument is a run folder of `laptop`, in which the stages of images are trained or found; with
-PAIRDIFF_MODELS=models, the tokens come from the pretrained models. The models translate a contrast and draw images,
-which are measured. Then registration networks with the same settings learn from equally many pairs: real ones, pairs
-from tokens, and real fixed images whose moving partners are drawn: as tokens, by a denoiser that is given the fixed
-image, or by the diffusion, with and without a ControlNet. Only these networks are trained for each seed. An interrupted
-command can be repeated.
+PAIRDIFF_MODELS=models, the tokens come from the pretrained models. What the models of images can do is measured by
+``benchmarks/images.py``. Then registration networks with the same settings learn from equally many pairs: real ones,
+pairs from tokens, and real fixed images whose moving partners are drawn: as tokens, by a denoiser that is given the
+fixed image, or by the diffusion, with and without a ControlNet. Only these networks are trained for each seed. An
+interrupted command can be repeated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from pairdiff_core import metrics
-from pairdiff_core.data.contrasts import draw_images
+from benchmarks.images import autoencoder_losses, few_steps, reconstructions, retrieval, sampled_images, translations
 from pairdiff_core.pairs import PairSet, one_hot
 from pairdiff_core.pipeline import (
     ImageStageResults,
@@ -37,15 +36,11 @@ from pairdiff_core.pipeline import (
     run_image_stages,
     run_stages,
     sample_controlled,
-    sample_latents,
     sample_pairs,
-    t1_images,
     train_denoiser,
     train_registration,
     train_vqae,
-    translate,
 )
-from pairdiff_core.pipeline.image_stages import STAGE_OF
 from pairdiff_core.pipeline.measure import errors_on_phantoms
 from pairdiff_core.pipeline.stages import PAIRS_IN_A_SHARD
 from pairdiff_core.profiles import get_profile
@@ -60,48 +55,6 @@ IMAGES = 64  # of unseen people, to translate and to compare with
 GIVEN = 0.5  # share of the training pairs whose fixed image is shown, where tokens of partners are drawn
 SHARD = 32  # partners that are drawn and saved together
 SCALES = {"ControlNet": 1.0, "U-Net alone": 0.0}  # of the control, by the kind of partners
-
-
-def translations(run: Run, made: ImageStageResults, number: int) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation of the errors of T1 images made from FLAIR-like ones, by method."""
-    unseen, coder = t1_images(run, run.validation), made.models["kl_autoencoder"].model
-    half = -(-number // 2)
-    real, labels = unseen.batches(half, "unseen")(0)[:number], unseen.labels(half, "unseen")(0)[:number]
-    seeds = [run.generator(f"FLAIR {index}") for index in range(number)]
-    flair = draw_images(labels, "FLAIR", run.profile.num_labels, seeds)
-    found = {
-        "ControlNet": coder.decode(sample_controlled(run, made.models, "controlnet_flair", flair, "translation")),
-        "U-Net": translate(made.models["translator"], flair),
-        "copy": flair,
-        "autoencoder": coder.decode(coder.encode(real)),
-    }
-    errors = {name: metrics.image_errors(images, real) for name, images in found.items()}
-    return {
-        name: {kind: [float(values.mean()), float(values.std())] for kind, values in each.items()}
-        for name, each in errors.items()
-    }
-
-
-def sampled_images(
-    run: Run, made: ImageStageResults, tokens: PairSet, partners: dict[str, torch.Tensor], number: int
-) -> dict[str, dict[str, float]]:
-    """What :func:`metrics.compare_images` says of new images of each kind, all after the autoencoder.
-
-    Images "from tokens" are drawn from synthetic label maps. Two rows are references: training people again, and unseen
-    people.
-    """
-    coder = made.models["kl_autoencoder"].model
-    seen, again = (
-        coder.decode(coder.encode(t1_images(run, pairs).some(number, purpose)))
-        for pairs, purpose in ((run.validation, "unseen"), (run.train, "again"))
-    )
-    seeds = [run.generator(f"token image {index}") for index in range(min(number, len(tokens)))]
-    drawn = draw_images(tokens.fixed[:number], "T1", run.profile.num_labels, seeds)
-    sets = {"training people, drawn again": again, "unseen people": seen, "tokens": coder.decode(coder.encode(drawn))}
-    for name, sampler in {"DDIM": "ddim", "rectified flow": "rflow"}.items():
-        sets[name] = coder.decode(sample_latents(run, made.models[STAGE_OF[sampler]], sampler, number))
-    sets |= {f"partners, {kind}": images[:number] for kind, images in partners.items()}
-    return metrics.compare_images(coder.decode(made.latents), seen, sets)
 
 
 def drawn_partners(run: Run, made: ImageStageResults, pairs: PairSet, kind: str) -> tuple[PairSet, torch.Tensor]:
@@ -159,27 +112,34 @@ def measure(run: Run, seeds: list[int], number: int = PAIRS, images: int = IMAGE
     """Run or load all stages, and measure translation, new images, pairs, and the networks that learned from them.
 
     Returns:
-        ``translation``, see :func:`translations`; ``images``, see :func:`sampled_images`; ``pairs``, what
-        :func:`describe_pairs` says of each kind of pairs; ``before``, Dice and, for OASIS, TRE on phantoms in mm
-        without registration; ``registration``, a row for each kind and seed; ``seconds`` of each stage.
+        ``losses``, ``translation``, ``images``, ``few_steps``, ``retrieval`` and ``reconstruction``, see
+        ``benchmarks/images.py``; ``pairs``, what :func:`describe_pairs` says of each kind of pairs; ``before``, Dice
+        and, for OASIS, TRE on phantoms in mm without registration; ``registration``, a row for each kind and seed;
+        ``seconds`` of each stage.
     """
     synthesis = replace(run.profile.synthesis, pairs=number)
     run = replace(run, profile=replace(run.profile, synthesis=synthesis))
-    made = run_image_stages(run)
+    made, tokens = run_image_stages(run), run_stages(run, "synthesis")
     chosen = torch.randperm(len(run.train), generator=run.generator("chosen pairs"))[:number]
     real = run.train[chosen]
-    sets, partners = {"real": real, "tokens": run_stages(run, "synthesis").synthetic}, {}
+    sets, partners = {"real": real, "tokens": tokens.synthetic}, {}
     sets["tokens, given fixed"] = partners_from_tokens(run, real)
     for kind in SCALES:
         sets[kind], partners[kind] = drawn_partners(run, made, real, kind)
     measured = {
+        "losses": autoencoder_losses(run, images),
         "translation": translations(run, made, images),
         "images": sampled_images(run, made, sets["tokens"], partners, images),
+        "few_steps": few_steps(run, made, tokens, images),
+        "retrieval": retrieval(run, images),
+        "reconstruction": reconstructions(run, made, images),
         "pairs": {kind: {"number": len(pairs)} | describe_pairs(run, pairs) for kind, pairs in sets.items()},
         "before": _before(run),
         "registration": [measure_network(run, pairs, kind, seed) for seed in seeds for kind, pairs in sets.items()],
     }
     made_in = {path.stem: load_checkpoint(path)[1]["seconds"] for path in sorted(run.path.glob("*.safetensors"))}
+    given = sorted((run.path / "given").glob("*.safetensors"))
+    made_in |= {f"given {path.stem}": load_checkpoint(path)[1]["seconds"] for path in given}
     return measured | {"seconds": made_in}
 
 

@@ -22,6 +22,7 @@ BOOK = ROOT / "book"
 HTML = BOOK / "_build" / "html"
 VENDOR = BOOK / "_static" / "vendor"
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.md"))
+BEYOND_TOKENS = [path for path in CHAPTERS if 12 <= int(path.stem[:2]) <= 16]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 TOC = yaml.safe_load((BOOK / "_toc.yml").read_text())
@@ -100,6 +101,14 @@ def test_chapters_are_short_enough_to_read_at_once(chapter: Path) -> None:
     prose = re.sub(r"\$\$.*?\$\$|```.*?```", " ", text, flags=re.DOTALL)  # without formulas, commands and solutions
     words = sum(bool(re.search("[A-Za-z]", word)) for word in prose.split())
     assert words <= 2200, f"{words} words; CONTRIBUTING.md allows 2,200"
+
+
+@pytest.mark.parametrize("chapter", BEYOND_TOKENS, ids=lambda path: path.stem)
+def test_chapters_beyond_tokens_have_at_most_3000_words_of_prose_and_code(chapter: Path) -> None:
+    cells = jupytext.read(chapter).cells
+    text = " ".join(cell.source for cell in cells if "remove-input" not in cell.metadata.get("tags", ()))
+    words = sum(bool(re.search("[A-Za-z0-9]", word)) for word in text.split())
+    assert words <= 3000, f"{words} words"
 
 
 # Pages that need no network.

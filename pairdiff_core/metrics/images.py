@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pairdiff_core.metrics.memorisation import memorisation_audit
+from pairdiff_core.metrics.realism import precision_recall_density_coverage
 
 KERNEL = 4  # of MS-SSIM: with MONAI's default of 11, five scales would need more than 160 voxels a side
 CELL = 8  # voxels a side of the blocks whose means are the features
@@ -79,9 +80,9 @@ def compare_images(training: Tensor, held_out: Tensor, sets: dict[str, Tensor]) 
 
     Returns:
         for each set: ``frechet``, the Frechet distance of its :func:`principal_features` from those of the training
-        images (Heusel et al., NeurIPS 2017, by MONAI), which depends on the number of images; ``similarity``, see
-        :func:`similarity_of_samples`; ``closer`` and ``memorised``, of :func:`memorisation_audit` with
-        :func:`image_distances`.
+        images (Heusel et al., NeurIPS 2017, by MONAI), which depends on the number of images; ``recall`` in the same
+        space, see :func:`precision_recall_density_coverage`; ``similarity``, see :func:`similarity_of_samples`;
+        ``closer`` and ``memorised``, of :func:`memorisation_audit` with :func:`image_distances`.
     """
     from monai.metrics.fid import get_fid_score  # here, because importing it takes seconds
 
@@ -92,6 +93,7 @@ def compare_images(training: Tensor, held_out: Tensor, sets: dict[str, Tensor]) 
         compared[name] = {
             "frechet": get_fid_score(each, known).item(),
             "similarity": similarity_of_samples(images),
+            "recall": precision_recall_density_coverage(known, each)["recall"],
             "closer": audit.closer,
             "memorised": audit.memorised,
         }
