@@ -101,10 +101,10 @@ def autoencoder(sizes: Sizes) -> Iterator[Row]:
     losses: list[float] = []
     ours, theirs = vqae_step(True, sizes, bfloat16=True), vqae_step(False, sizes)
     seconds = seconds_in_turn(lambda: losses.append(ours()), theirs, repeats=3 * sizes.repeats)
-    yield Row("one VQ-AE training step, a 64^3 patch", "s", *seconds, 1.5)
+    yield Row("one autoencoder training step, 64 x 64 x 64 voxels", "s", *seconds, 1.5)
     in_32_bit = vqae_step(True, sizes)
     off = max(abs(loss / in_32_bit() - 1) for loss in losses)
-    name = f"the loss of the first {len(losses)} steps: largest difference"  # to ours in 32 bit
+    name = f"autoencoder loss, first {len(losses)} steps: largest difference from 32 bit"
     yield Row(name, "%", 100 * off, None, 2.0, absolute=True)
 
 
@@ -127,8 +127,8 @@ def decoding(ours: bool, grid: tuple[int, ...]) -> Callable[[], torch.Tensor]:
 def decode(sizes: Sizes) -> Iterator[Row]:
     same = (decoding(True, sizes.tokens)() == decoding(False, sizes.tokens)()).double().mean()
     peaks = [peak_gib(decoding, side, sizes.tokens) for side in (True, False)]
-    yield Row("decode of a full pair: peak memory", "GiB", *peaks, 2.0, absolute=True)
-    yield Row("decode of a full pair: voxels alike", "%", 100 * float(same), 100.0, 100.0, True, True)
+    yield Row("decoding a whole pair: peak memory", "GiB", *peaks, 2.0, absolute=True)
+    yield Row("decoding a whole pair: voxels with the same label", "%", 100 * float(same), 100.0, 100.0, True, True)
 
 
 # ------------------------------------------------------------------------------------------------- the denoiser
@@ -164,7 +164,7 @@ def denoiser(sizes: Sizes) -> Iterator[Row]:
     ours, theirs = (denoiser_pass(side, sizes) for side in (True, False))
     yield Row("one denoiser pass", "s", *seconds_in_turn(ours, theirs, repeats=sizes.repeats), 3.0)
     off = (ours().float() - theirs()).norm() / theirs().norm()
-    yield Row("one denoiser pass: relative error", "%", 100 * float(off), None, 1.0, absolute=True)
+    yield Row("one denoiser pass: difference from the published one", "%", 100 * float(off), None, 1.0, absolute=True)
     peaks = [peak_gib(denoiser_pass, side, sizes) for side in (True, False)]
     yield Row("one denoiser pass: peak memory", "GiB", *peaks, 2.0)
 
@@ -226,7 +226,7 @@ def instance_optimisation(sizes: Sizes, **fewer: int) -> Callable[[], registrati
 
 
 def instance(sizes: Sizes) -> Iterator[Row]:
-    ours = {"all levels": {}, "briefly": BRIEF}
+    ours = {"all levels": {}, "two levels": BRIEF}
     works = [instance_optimisation(sizes, **fewer) for fewer in ours.values()]
     *seconds, step = seconds_in_turn(*works, published_registration_step(sizes), repeats=sizes.repeats)
     for name, spent in zip(ours, seconds, strict=True):
@@ -245,7 +245,10 @@ def accuracy() -> Iterator[Row]:
     rows = read("published")["validation"]["rows"]
     best = min(row["instance"] for row in rows)
     methods = {row["method"]: row for row in read("lung250m")["registration"]}
-    for what, name in {"no training": "baseline", "network and instance": "real, motion + instance"}.items():
+    for what, name in {
+        "optimiser without training": "baseline",
+        "network, then optimiser": "real, motion + instance",
+    }.items():
         row = methods[name]
         yield Row(f"{what}: error at landmarks", "mm", row["tre_mm"], best, 2.65, absolute=True)
         for title, unit, key, target in (
@@ -258,7 +261,7 @@ def accuracy() -> Iterator[Row]:
     theirs = next(row["network"] for row in rows if row["trained_on"] == "10 real pairs")
     yield Row("network alone, ten real pairs: error at landmarks", "mm", network, theirs, theirs, absolute=True)
     brief = read("brief")["summary"]["tre_mm"]
-    yield Row("no training, briefly: error at landmarks", "mm", brief, best, best, absolute=True)
+    yield Row("optimiser without training, two levels: error at landmarks", "mm", brief, best, best, absolute=True)
 
 
 def sampling_quality() -> Iterator[Row]:
@@ -281,7 +284,7 @@ def codebook() -> Iterator[Row]:
     found = read("codebook")
     ours, theirs = found["ours"], found["published"]
     used = 100 * ours["codes_used"], 100 * theirs["codes_used"]
-    yield Row("codes in use", "%", *used, 90.0, absolute=True, more_is_better=True)
+    yield Row("codebook: codes in use", "%", *used, 90.0, absolute=True, more_is_better=True)
     yield Row("codebook: Dice on unseen pairs", "", ours["dice"], theirs["dice"], 1.0, more_is_better=True)
 
 

@@ -127,7 +127,7 @@ def denoiser_variants(sizes: Sizes) -> Variants:
 PARTS: dict[str, Callable[[Sizes], Variants]] = {
     "one registration training step": registration_variants,
     "ten steps of instance optimisation": instance_variants,
-    "one VQ-AE training step": vqae_variants,
+    "one autoencoder training step": vqae_variants,
     "one denoiser pass": denoiser_variants,
 }
 

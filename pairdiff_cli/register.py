@@ -55,9 +55,9 @@ def register(
             note_differences(pair, pairs, own)
         if form == "itk" and pair.grids[0].tilted:
             typer.echo(
-                f"note: {fixed} is not an axial slice, and in two dimensions ITK cannot say where others lie. For "
-                "ITK, the field lies along the slice's own axes; an image there needs the direction (1, 0, 0, 1)"
-                + (f" and the grid of {fixed}." if not np.allclose(pair.to_moving, np.eye(4)) else "."),
+                f"note: {fixed} is not an axial slice, and a 2D image of ITK cannot hold the position of such a slice. "
+                "The field follows the slice's own axes. To warp an image with ITK, give it the direction (1, 0, 0, 1)"
+                + (f" and resample it to the grid of {fixed}." if not np.allclose(pair.to_moving, np.eye(4)) else "."),
                 err=True,
             )
         note_cost(pairs, profile, own is not None)

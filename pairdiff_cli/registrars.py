@@ -52,8 +52,16 @@ def note_differences(pair: VolumePair, pairs: PairSet, own: Run) -> None:
         if np.allclose(*compared, rtol=0.05):  # then the size differs
             compared, unit = (own.profile.spatial, pairs.spatial), "voxels"
         at, here = (" x ".join(f"{number:.3g}" for number in each) for each in compared)
-        what = f"these voxels of {here} mm do" if unit == "mm" else f"this image of {here} voxels does"
-        typer.echo(f"note: the network was trained at {at} {unit}; {what} not fit that.", err=True)
+        what = "voxels" if unit == "mm" else "images"
+        typer.echo(
+            f"note: the network was trained on {what} of {at} {unit}, but these have {here} {unit}, so it may be less "
+            "accurate. Compare it with the optimiser alone.",
+            err=True,
+        )
     axes, expected = ("".join(nib.aff2axcodes(each)) for each in (pair.affine, affine))
     if pairs.spatial_dims == 3 and axes != expected:
-        typer.echo(f"note: the network was trained on axes that run to {expected}, these run to {axes}.", err=True)
+        typer.echo(
+            f"note: the network was trained on volumes with axes {expected}, but these have {axes}, so it may be less "
+            f"accurate. Turn both volumes to {expected}.",
+            err=True,
+        )

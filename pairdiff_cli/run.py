@@ -97,7 +97,9 @@ def run(
                 measured = measured or _worked(work, stage)
         except Paused as paused:
             if distributed.rank() == 0:
-                typer.echo(f"{paused}. {work.path} keeps the progress; the same command goes on from there.", err=True)
+                typer.echo(
+                    f"{paused}. The progress is saved in {work.path}: run the same command again to continue.", err=True
+                )
             raise typer.Exit(1 if "came" in (reason() or "") else 0) from None  # a signal, or the time that was given
     if measured is not None and distributed.rank() == 0:
         show(measured["summary"])

@@ -281,9 +281,11 @@ def one_volume(values: np.ndarray, path: Path) -> np.ndarray:
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim > 3:
-        raise DataError(f"{path} has shape {shape}: {values[0, 0, 0].size} volumes. Take one of them.")
+        raise DataError(
+            f"{path} has shape {shape}: {values[0, 0, 0].size} volumes. Save one of them as a file of its own."
+        )
     if values.ndim < 2:
-        raise DataError(f"{path} has shape {shape}: a row of voxels, not a volume (X, Y, Z) or slice (X, Y).")
+        raise DataError(f"{path} has shape {shape}: a row of voxels. Give a volume (X, Y, Z) or a slice (X, Y).")
     return values
 
 

@@ -234,18 +234,18 @@ def test_the_command_prints_and_writes_its_rows(tmp_path, monkeypatch, capsys):
     written = run_command(monkeypatch, command.main, "--small", *parts, "--json", tmp_path / "b.json")
     found = {row["name"]: row["ours"] for row in written["rows"]}
     assert list(found) == [
-        "one VQ-AE training step, a 64^3 patch",
-        "the loss of the first 4 steps: largest difference",
-        "decode of a full pair: peak memory",
-        "decode of a full pair: voxels alike",
+        "one autoencoder training step, 64 x 64 x 64 voxels",
+        "autoencoder loss, first 4 steps: largest difference from 32 bit",
+        "decoding a whole pair: peak memory",
+        "decoding a whole pair: voxels with the same label",
         "one denoiser pass",
-        "one denoiser pass: relative error",
+        "one denoiser pass: difference from the published one",
         "one denoiser pass: peak memory",
         "sampling a pair, 48 steps instead of 256",
     ]
-    assert found["decode of a full pair: voxels alike"] == 100
-    assert 0 < found["one denoiser pass: relative error"] < 1
-    loss = found["the loss of the first 4 steps: largest difference"]
+    assert found["decoding a whole pair: voxels with the same label"] == 100
+    assert 0 < found["one denoiser pass: difference from the published one"] < 1
+    loss = found["autoencoder loss, first 4 steps: largest difference from 32 bit"]
     assert loss < 2 and (loss > 0) is fast_in_bfloat16(best_device()), "else both are in 32 bit"
     assert written["provenance"]["wall_seconds"] > 0 and "of 8 reached" in capsys.readouterr().out
 

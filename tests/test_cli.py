@@ -285,7 +285,7 @@ def test_a_run_that_is_paused_goes_on(small, tmp_path):
     for step in (1, 2):
         paused = works(call(*command, "--max-minutes", 0))
         assert f"0 minutes are over, paused after step {step}" in paused.stderr
-        assert f"{tmp_path} keeps the progress; the same command goes on" in paused.stderr
+        assert f"The progress is saved in {tmp_path}: run the same command again to continue" in paused.stderr
     assert not (tmp_path / "vqae.safetensors").exists()
     works(call("run", "tokens", *command[2:]))
     assert (tmp_path / "tokens.safetensors").exists() and not (tmp_path / "denoiser.safetensors").exists()
@@ -517,14 +517,14 @@ def test_what_does_not_fit_the_network_is_noted(files, tmp_path, trained_3d):
     for path in files:
         write(path, np.asarray(nib.load(path).dataobj), np.diag([0.1, 0.1, 0.1, 1.0]))
     result = works(call("register", *files, "--out", tmp_path / "u.nii", "--run", trained_3d[0].path, "--steps", 0))
-    assert "trained at 4 x 4 x 4 mm; these voxels of 0.1 x 0.1 x 0.1 mm do not fit" in result.stderr
-    assert "trained on axes that run to LPS, these run to RAS" in result.stderr
+    assert "trained on voxels of 4 x 4 x 4 mm, but these have 0.1 x 0.1 x 0.1 mm, so it may" in result.stderr
+    assert "trained on volumes with axes LPS, but these have RAS, so it may" in result.stderr
 
 
 def test_a_size_that_does_not_fit_is_not_blamed_on_the_voxels(tmp_path):
     path = write(tmp_path / "f.nii", box((5, 5)), np.diag([-1.0, -1.0, 1.0, 1.0]))
     result = works(call("register", path, path, "--out", tmp_path / "u.nii", "--run", "oasis2d-laptop", "--steps", 0))
-    assert "trained at 160 x 192 voxels; this image of 5 x 5 voxels does not fit that" in result.stderr
+    assert "trained on images of 160 x 192 voxels, but these have 5 x 5 voxels, so it may" in result.stderr
 
 
 def test_fewer_levels_give_another_field(files, tmp_path):
@@ -833,7 +833,7 @@ def test_evaluate_says_what_register_says(tmp_path, trained_3d, network):
         quiet = works(call("evaluate", "--pair", fixed, path, "--quiet", *method, *chosen)).stderr
         assert quiet.splitlines() == [line for line in evaluated.stderr.splitlines() if line.startswith("warning")]
     assert "warning: Dice started at 0" in spoken[1]
-    assert not network or "note: the network was trained at" in spoken[0]
+    assert not network or "note: the network was trained on" in spoken[0]
 
 
 def test_register_and_evaluate_where_grids_differ_in_size_only(tmp_path):

@@ -133,13 +133,14 @@ def gallery(run: Run, autoencoder: Trained, synthetic: PairSet) -> dict[str, Any
 
 
 def describe_partners(run: Run, autoencoder: Trained, denoiser: Trained) -> dict[str, Any]:
-    """How far moving images that were drawn for one real fixed image move, beside other people's motions in that lung.
+    """Draw moving images for one real fixed image, and compare how far they move with the motions of other people.
 
     Returns:
-        ``drawn_mm`` and ``motions_mm``: for each of the ``PARTNERS`` and for each motion, the mean length of the
-        displacement at the structures of the fixed image, in mm; ``motions_mm`` is empty for data without motions;
-        ``dice``, of fixed and moving image, ``before`` and ``after`` registration; ``picture``, the fixed and all
-        moving images (1 + N, H, W, D), packed by :func:`pack_labels`.
+        ``drawn_mm``, for each of the ``PARTNERS`` that were drawn, and ``motions_mm``, for each motion of another
+        person, transferred to the same image: the mean length of the displacement at the structures of the fixed
+        image, in mm. ``motions_mm`` is empty for data without motions. ``dice``, of fixed and moving image, ``before``
+        and ``after`` registration. ``picture``, the fixed and all moving images (1 + N, H, W, D), packed by
+        :func:`pack_labels`.
     """
     pair, synthesis = run.validation[:1], replace(run.profile.synthesis, pairs=PARTNERS)
     known = vqae.encode_pairs(autoencoder.model, fixed_with_itself(pair.labels))
