@@ -184,7 +184,7 @@ def resize_labels(labels: torch.Tensor, spatial: Sequence[int], num_labels: int)
     resized = []
     for image in labels:  # one at a time: 25 float channels of a whole set would not fit in memory
         shares = F.interpolate(one_hot(image[None], num_labels), size=spatial, mode=mode)
-        resized.append((shares + 1e-3 * fields.smooth(shares)).argmax(1))  # decides ties only
+        resized.append((shares + 1e-3 * fields.smooth(shares)).max(1).indices)  # smoothing decides ties only
     return torch.cat(resized).to(torch.uint8) if resized else labels.new_zeros((0, *spatial))
 
 
