@@ -193,6 +193,7 @@ class StudentSettings:
     batch: int
     learning_rate: float
     average: float  # decay per step of the moving average of the weights
+    momentum: float = 0.0  # of AdamW; with 0.9, the student runs ahead of its critics
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ _QUICK_CONTROL = ControlNetSettings(
     embedding=(8, 16, 32), steps=100, batch=4, learning_rate=5e-3, average=0.98, sampling_steps=10
 )
 _QUICK_IMAGE_UNET = ImageUNetSettings(channels=(8, 16, 32, 32, 32, 8), steps=100, batch=1, learning_rate=5e-3)
-_QUICK_STUDENT = StudentSettings("Jensen-Shannon", steps=60, batch=4, learning_rate=5e-4, average=0.95)
+_QUICK_STUDENT = StudentSettings("Jensen-Shannon", steps=100, batch=4, learning_rate=5e-4, average=0.9)
 _QUICK_ENCODERS = EncodersSettings((8, 16, 32, 32), embedding=32, pairs=256, steps=60, batch=32, learning_rate=2e-3)
 _QUICK_SCORE_NETWORK = ScoreNetworkSettings(
     channels=(16, 32, 64), steps=300, batch=2, learning_rate=4e-3, sampling_steps=15
@@ -322,7 +323,7 @@ _LAPTOP_CONTROL = ControlNetSettings(
     embedding=(16, 32, 64), steps=500, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=20
 )
 _LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=400, batch=2, learning_rate=2e-3)
-_LAPTOP_STUDENT = StudentSettings("Jensen-Shannon", steps=600, batch=4, learning_rate=3e-4, average=0.99)
+_LAPTOP_STUDENT = StudentSettings("Jensen-Shannon", steps=800, batch=4, learning_rate=3e-4, average=0.99)
 _LAPTOP_ENCODERS = EncodersSettings((16, 32, 64, 64), embedding=64, pairs=1024, steps=400, batch=32, learning_rate=2e-3)
 _LAPTOP_SCORE_NETWORK = ScoreNetworkSettings(
     channels=(32, 64, 128), steps=800, batch=2, learning_rate=2e-3, sampling_steps=15

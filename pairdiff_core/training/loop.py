@@ -51,7 +51,7 @@ def fit(
         loss: from (model, batch) to named scalars; the one called "loss" is minimised, all are logged.
         batches: from the number of a step, 0 to ``steps - 1``, to its batch, a tensor or a tuple of tensors.
         settings: of a stage: ``steps`` and ``learning_rate``, the peak. If it has an ``average``, a decay, the moving
-            average of the weights replaces them at the end.
+            average of the weights replaces them at the end. If it has a ``momentum``, it replaces AdamW's 0.9.
         seed: of random numbers that the model itself draws.
         fabric: device, precision and processes; by default the best available device, in 32 bit.
         progress: where the state is saved and restored from; by default nothing is saved.
@@ -63,7 +63,8 @@ def fit(
         Paused: if there is a reason to pause; the state is saved.
     """
     fabric, decay = fabric or new_fabric(), getattr(settings, "average", 0.0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0)
+    betas = (getattr(settings, "momentum", 0.9), 0.99)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=betas, weight_decay=0)
     wrapped, optimiser = fabric.setup(model, optimiser)
     state: dict[str, Any] = {"model": model, "optimiser": optimiser, "step": 0, "history": [], "sums": {}}
     if decay:
