@@ -42,13 +42,14 @@ help: ## list these commands
 
 setup: $(INSTALLED) ## install everything, pinned, into .venv (the other commands do so when it is needed)
 
-# Done again only when one of the files that decide it changes.
+# Done again only when one of the files that decide it changes. Python compiles a module when it is first imported;
+# compiling all 13,000 here would take longer.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo 'No Python found. Install Python 3.11, then run make again.' >&2; exit 1; }
 	@"$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "The pinned versions are for Python 3.11, and $(BASE_PYTHON) is $$("$(BASE_PYTHON)" --version). Install Python 3.11 or name one: make BASE_PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo 'Installing into $(VENV), once: some minutes, and on Linux about 3 GB to download. README.md says how to save 2 GB.'
 	test -x $(PYTHON) || "$(BASE_PYTHON)" -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --quiet $(CONSTRAINTS:%=-c %) -e '.[book,dev]'
+	$(PYTHON) -m pip install --quiet --quiet --no-compile $(CONSTRAINTS:%=-c %) -e '.[book,dev]'
 	$(if $(CONSTRAINTS),@touch $@)
 
 # Bars of trainings that have ended would make pages load 3.6 MB of widget code.

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -578,28 +579,36 @@ def test_each_level_of_optimisation_is_watched(trained):
         assert torch.equal(watched.both, plain.both)
 
 
-def test_bars_are_shown_in_a_terminal_and_not_with_quiet(files, tmp_path):
-    command = [sys.executable, "-m", "pairdiff_core", "register", *map(str, files), "--steps", "3", "--out"]
-    shown = [in_a_terminal([*command, str(tmp_path / "u.nii")]),
-             in_a_terminal([*command, str(tmp_path / "v.nii"), "--quiet"])]  # fmt: skip
+def test_bars_are_shown_in_a_terminal_and_not_with_quiet(files, tmp_path, monkeypatch):
+    command = ("register", *files, "--steps", 3, "--out")
+    shown = [in_a_terminal(monkeypatch, *command, tmp_path / "u.nii"),
+             in_a_terminal(monkeypatch, *command, tmp_path / "v.nii", "--quiet")]  # fmt: skip
     assert all(f"level {number}:" in shown[0] for number in (1, 2, 3)) and "/3" in shown[0], shown[0]
     assert shown[1] == ""
+    assert (tmp_path / "v.nii").exists()
 
 
-def in_a_terminal(command: list[str]) -> str:
+def in_a_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     """What a command writes to stderr if that is a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    process, shown = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs), b""
-    os.close(theirs)
-    try:
-        while part := os.read(ours, 4096):
-            shown += part
-    except OSError:  # how Linux ends a terminal
-        pass
+    shown: list[bytes] = []
+
+    def read() -> None:  # beside the command, which would wait once the terminal is full
+        try:
+            while part := os.read(ours, 4096):
+                shown.append(part)
+        except OSError:  # how Linux ends a terminal
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        cli.app([str(argument) for argument in arguments], standalone_mode=False)
+    reader.join()
     os.close(ours)
-    assert process.wait() == 0, shown
-    return shown.decode()
+    return b"".join(shown).decode()
 
 
 def of_size(spatial: tuple[int, ...], labels: int) -> PairSet:

@@ -14,7 +14,7 @@ from pairdiff_core.storage import load_checkpoint
 from pairdiff_core.training import distributed
 
 NEW = multiprocessing.get_context("forkserver")  # a process that starts with everything imported
-NEW.set_forkserver_preload(["small_run", "pairdiff_core.pipeline"])
+NEW.set_forkserver_preload(["small_run", "pairdiff_core.pipeline", "monai", "lightning_fabric"])
 
 
 def together(number, function, *arguments):

@@ -19,7 +19,7 @@ from pairdiff_core.errors import CheckpointError
 from pairdiff_core.storage import Saving, load_checkpoint, write_json
 
 NEW = multiprocessing.get_context("forkserver")  # a process that starts with everything imported
-NEW.set_forkserver_preload(["small_run", "pairdiff_core.pipeline"])
+NEW.set_forkserver_preload(["small_run", "pairdiff_core.pipeline", "monai", "lightning_fabric"])
 
 
 def killed(function, *arguments):
