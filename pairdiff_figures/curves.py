@@ -57,8 +57,8 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
     members: dict[str, list[int]] = {}
     for label, name in enumerate(label_names[1:]):
         members.setdefault(structure_of(name), []).append(label)
-    between = 0.5 / max(3, len(table) - 1)  # of two methods, in rows
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, (0.26 + 0.04 * len(table)) * len(members) + 1.2))
+    between = 0.7 / max(4, len(table) - 1)  # of two methods, in rows
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, (0.2 + 0.07 * len(table)) * len(members) + 1.2))
     for number, ((method, values), (colour, marker)) in enumerate(
         zip(table.items(), method_styles(table), strict=True)
     ):
