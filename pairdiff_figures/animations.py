@@ -208,6 +208,7 @@ def slices_widget(pairs: PairSet, index: int = 0, displacement: torch.Tensor | N
     image = ipywidgets.VBox([head, ipywidgets.HBox([right, book, left], layout=centred), feet], layout=centred)
     last = "moving" if displacement is None else "warped"
     ends = ipywidgets.HBox([blend, ipywidgets.Label(f"from fixed to {last}; dark where both have a vessel")])
+    ends.layout.flex_flow = "row wrap"  # on a phone, the words stand below the slider
     return ipywidgets.VBox([leaf, ends, image], layout={"align_items": "flex-start"})
 
 
