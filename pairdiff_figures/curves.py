@@ -161,9 +161,13 @@ def steps_figure(
             colours and markers, and all panels have the same ones.
         references: by measure, the name and value of a dashed line.
     """
-    figure, [axes] = closed_figure(1, len(panels), (4.6 * len(panels), 3.1))
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = closed_figure(rows, columns, (3.3 * columns, 2.6 * rows))
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
     seen: set[int] = set()
-    for ax, (measure, methods) in zip(axes, panels.items(), strict=True):
+    for ax, (measure, methods) in zip(axes.flat, panels.items(), strict=False):
         for (method, values), (colour, marker) in zip(methods.items(), cycle(METHODS), strict=False):
             seen |= set(values)
             ax.plot(list(values), list(values.values()), marker=marker, color=colour, label=method, clip_on=False)
