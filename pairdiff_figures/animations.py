@@ -36,24 +36,28 @@ PLAYER_SLICES = 20  # at most: keeps a player of full-size volumes below 250 kB
 WIDGET_SLICES = 12  # at most
 WIDGET_PIXELS = 320  # width of a slice in the widget, at least, if that takes no more than 8 pixels per voxel
 BLENDS = 5  # images from fixed to warped in the widget
-DPI = 80
+DPI = 96
 COLOURS = 128  # of a frame's palette: keeps players small
 # For the buttons, in order, instead of matplotlib's icons, whose font comes from another host
 SYMBOLS = ("&minus;", "|&#9664;", "&lsaquo;", "&#9664;", "||", "&#9654;", "&rsaquo;", "&#9654;|", "+")
 
 
-def player(figure: Figure, draw: Callable[[int], None], frames: int, alt: str, mode: str = "once") -> HTML:
+def player(
+    figure: Figure, draw: Callable[[int], None], frames: int, alt: str, mode: str = "once", start: int = 0
+) -> HTML:
     """A JavaScript player that needs no kernel and no network.
 
     Args:
         draw: draws the frame with a given number, 0 to ``frames`` - 1, on ``figure``.
         alt: alternative text for what the frames show.
         mode: "once", "loop" or "reflect".
+        start: the frame that a reader sees before pressing anything; choose one that is not empty.
     """
     animation = FuncAnimation(figure, lambda frame: draw(frame) or [], frames=frames, interval=250)
     with plt.rc_context({"savefig.dpi": DPI}):
         page = animation.to_jshtml(default_mode=mode)
     page = re.sub(r"<link[^>]*>", "", page)
+    page = re.sub(r"(anim\w+) = new Animation\([^)]*\);", rf"\g<0> \1.set_frame({start});", page)
     for symbol in SYMBOLS:
         page = re.sub(r'<i class="fa [^>]*></i>', symbol, page, count=1)
     page = page.replace('<img id="', f'<img style="max-width: 100%" alt="{alt}" id="')
@@ -97,7 +101,8 @@ def unmasking_animation(states: torch.Tensor, mask_token: int, grid: tuple[int, 
         for cover in covers:
             cover.set_alpha(masked.T.astype(float))
 
-    return player(figure, draw, len(shown), "Tokens are unmasked step by step until none is masked.")
+    alt = "Tokens are unmasked step by step until none is masked."
+    return player(figure, draw, len(shown), alt, start=len(shown) // 2)
 
 
 def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> HTML:
@@ -123,7 +128,7 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
 
 def rotation_animation(images: Mapping[str, torch.Tensor], spacing_mm: float) -> HTML:
     """A player that turns named volumes uint8 (H, W, D) once around the body's axis D, drawn as lit surfaces."""
-    figure, [axes] = closed_figure(1, len(images), (2.9 * len(images), 3.1))
+    figure, [axes] = closed_figure(1, len(images), (2.4 * len(images), 2.6))
 
     def draw(frame: int) -> None:
         for ax, (name, image) in zip(axes, images.items(), strict=True):
@@ -168,7 +173,8 @@ def slices_animation(pairs: PairSet, index: int = 0, displacement: torch.Tensor 
             ax.clear()
             volumes.show_slice(ax, classes, pairs, positions[frame], when)
 
-    return player(figure, draw, len(positions), "The coronal slices of a pair of volumes, one after the other.")
+    alt = "The coronal slices of a pair of volumes, one after the other."
+    return player(figure, draw, len(positions), alt, start=len(positions) // 2)
 
 
 def slices_widget(pairs: PairSet, index: int = 0, displacement: torch.Tensor | None = None) -> ipywidgets.VBox:
@@ -202,6 +208,7 @@ def slices_widget(pairs: PairSet, index: int = 0, displacement: torch.Tensor | N
     image = ipywidgets.VBox([head, ipywidgets.HBox([right, book, left], layout=centred), feet], layout=centred)
     last = "moving" if displacement is None else "warped"
     ends = ipywidgets.HBox([blend, ipywidgets.Label(f"from fixed to {last}; dark where both have a vessel")])
+    ends.layout.flex_flow = "row wrap"  # on a phone, the words stand below the slider
     return ipywidgets.VBox([leaf, ends, image], layout={"align_items": "flex-start"})
 
 

@@ -10,22 +10,34 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pairdiff_figures.style import GREEN, GREY, LINES, METHODS, closed_figure, legend_below, structure_of
+from pairdiff_figures.style import (
+    GREEN,
+    GREY,
+    LINES,
+    METHODS,
+    PLOT,
+    closed_figure,
+    legend_below,
+    method_styles,
+    structure_of,
+)
 
 
 def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     """What was logged during training, as ``training.fit`` returns it: "step" and named numbers, one panel each."""
     names = [name for name in history[0] if name != "step"]
-    columns = {1: 1, 2: 2, 4: 2}.get(len(names), 3)
+    columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = closed_figure(rows, columns, (max(4.5, 3.0 * columns), 2.3 * rows + 0.3))
+    figure, axes = closed_figure(rows, columns, (PLOT if columns == 2 else 4.5, 1.8 * rows + 0.4))
     steps = [entry["step"] for entry in history]
-    for ax, name in zip(axes.flat, names, strict=False):
+    for number, (ax, name) in enumerate(zip(axes.flat, names, strict=False)):
         values = np.array([entry.get(name, np.nan) for entry in history])
         ax.plot(steps, values, color=GREEN)
         if (values > 0).all() and values.max() > 30 * values.min():
             ax.set_yscale("log")
-        ax.set(title=name.replace("_", " "), xlabel="step")
+        lowest = number + columns >= len(names)  # in its column: the others have the same steps
+        ax.set(title=name.replace("_", " "), xlabel="step" if lowest else "")
+        ax.tick_params(labelbottom=lowest)
         ax.grid(axis="y")
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
@@ -35,19 +47,25 @@ def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
 def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -> Figure:
     """Dice of each structure for several methods, and their mean.
 
+    Methods are drawn a little above one another, so that equal values do not hide each other.
+
     Args:
-        table: maps each method to its Dice, float (C - 1,) or (N, C - 1), 0 to 1; means leave out NaN. The order
-            decides a method's colour and marker: in the book, it is before, baseline, real, synthetic.
+        table: maps each method to its Dice, float (C - 1,) or (N, C - 1), 0 to 1; means leave out NaN. For colours and
+            markers see ``style.method_styles``.
         label_names: C names, the background's first. Left and right are averaged.
     """
     members: dict[str, list[int]] = {}
     for label, name in enumerate(label_names[1:]):
         members.setdefault(structure_of(name), []).append(label)
-    figure, [[ax]] = closed_figure(1, 1, (7.5, 0.3 * len(members) + 1.1))
-    for (method, values), (colour, marker) in zip(table.items(), cycle(METHODS), strict=False):
+    between = 0.7 / max(4, len(table) - 1)  # of two methods, in rows
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, (0.2 + 0.07 * len(table)) * len(members) + 1.2))
+    for number, ((method, values), (colour, marker)) in enumerate(
+        zip(table.items(), method_styles(table), strict=True)
+    ):
         dice = values.detach().cpu().double().reshape(-1, len(label_names) - 1)
         means = [dice.nanmean(1).nanmean(), *(dice[:, labels].nanmean() for labels in members.values())]
-        ax.plot(means, range(len(means)), marker, color=colour, label=method, clip_on=False, zorder=3)
+        rows = np.arange(len(means)) + between * (number - (len(table) - 1) / 2)
+        ax.plot(means, rows, marker, color=colour, label=method, markersize=5, clip_on=False, zorder=3)
     ax.set(xlabel="Dice", xlim=(0, 1), ylim=(len(members) + 0.5, -0.5))
     ax.set_yticks(range(len(members) + 1), ["all structures", *(name.replace("-", " ") for name in members)])
     ax.get_yticklabels()[0].set_fontweight("bold")
@@ -64,7 +82,7 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     ``rows`` is the table of ``metrics.compare_areas``; a structure that no real image has is left empty.
     """
-    figure, [[ax]] = closed_figure(1, 1, (7.5, 0.28 * len(rows) + 0.9))
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, 0.28 * len(rows) + 0.9))
     percent = np.array([row["real_mean"] or np.nan for row in rows]) / 100
     for kind, (colour, marker), shift in (("real", METHODS[2], -0.15), ("synthetic", METHODS[3], 0.15)):
         mean, sd = (np.array([row[f"{kind}_{what}"] for row in rows]) / percent for what in ("mean", "sd"))
@@ -80,40 +98,47 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def codebook_figure(counts: torch.Tensor) -> Figure:
-    """How often each code is used, most frequent first: integers (K,), as in ``metrics.codebook_use(...).counts``."""
+    """How often each code is used, most frequent first, on a logarithmic axis.
+
+    ``counts`` are integers (K,), as in ``metrics.codebook_use(...).counts``.
+    """
     share = 100 * counts.sort(descending=True).values.double().cpu().numpy() / max(1, int(counts.sum()))
-    figure, [[ax]] = closed_figure(1, 1, (7.5, 2.8))
-    ax.stairs(share, fill=True, color=GREEN)
+    used = share[share > 0]
+    lowest = used.min(initial=100 / len(share)) / 2
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, 2.8))
+    ax.stairs(used, baseline=lowest, fill=True, color=GREEN)
     ax.axhline(100 / len(share), color=LINES, linewidth=1, linestyle="--", label="if all were equally frequent")
-    ax.set(xlim=(0, len(share)), ylim=(0, None), xlabel="code, by frequency", ylabel="% of the tokens")
-    ax.set_title(f"{int((counts > 0).sum())} of {len(share)} codes in use")
+    ax.set(xlim=(0, len(share)), xlabel="code, by frequency", ylabel="% of the tokens")
+    ax.set(yscale="log", ylim=(lowest, None))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_title(f"{len(used)} of {len(share)} codes in use")
     ax.legend()
     return figure
 
 
 def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tensor, threshold: float) -> Figure:
     """Distances to the nearest training pair, 0 to 1, of a ``metrics.memorisation_audit(...)``, and its threshold."""
-    figure, [[ax]] = closed_figure(1, 1, (7.5, 3.0))
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.0))
     named = {"held-out real pairs": held_out_distances.cpu(), "synthetic pairs": distances.cpu()}
     bins = np.linspace(0, max(0.1, 1.02 * float(torch.cat(list(named.values())).max())), 50)
     for (name, values), (colour, _) in zip(named.items(), METHODS[2:4], strict=True):
         weights = np.full(len(values), 100 / len(values))
         ax.hist(values.numpy(), bins, weights=weights, color=colour, alpha=0.6, label=name)
     ax.axvline(threshold, color=LINES, ls="--", linewidth=1.2, label="5 % of the held-out pairs are nearer")
-    ax.set(xlim=(0, None), xlabel="voxels that differ from the nearest training pair (share)", ylabel="% of the pairs")
-    ax.legend(loc="upper left")
+    ax.set(xlim=(0, None), xlabel="share of voxels that differ from the nearest training pair", ylabel="% of the pairs")
+    legend_below(figure, columns=3)
     return figure
 
 
 def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     """Cumulative landmark errors: for each method, the share of landmarks that are at most x mm off.
 
-    ``errors`` maps each method to its target registration errors, float (K,), mm; K may differ. The order decides a
-    method's colour and marker. The marker is the median. The axis shows 99 % of the landmarks of each method.
+    ``errors`` maps each method to its target registration errors, float (K,), mm; K may differ. For colours and markers
+    see ``style.method_styles``. The marker is the median. The axis shows 99 % of the landmarks of each method.
     """
-    figure, [[ax]] = closed_figure(1, 1, (7.5, 3.6))
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.6))
     end = 1e-6
-    for (method, values), (colour, marker) in zip(errors.items(), cycle(METHODS), strict=False):
+    for (method, values), (colour, marker) in zip(errors.items(), method_styles(errors), strict=True):
         mm = values.double().numpy(force=True)
         median, end = np.median(mm), max(end, np.quantile(mm, 0.99))
         ax.ecdf(mm, color=colour)
@@ -136,9 +161,13 @@ def steps_figure(
             colours and markers, and all panels have the same ones.
         references: by measure, the name and value of a dashed line.
     """
-    figure, [axes] = closed_figure(1, len(panels), (4.6 * len(panels), 3.1))
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = closed_figure(rows, columns, (3.3 * columns, 2.6 * rows))
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
     seen: set[int] = set()
-    for ax, (measure, methods) in zip(axes, panels.items(), strict=True):
+    for ax, (measure, methods) in zip(axes.flat, panels.items(), strict=False):
         for (method, values), (colour, marker) in zip(methods.items(), cycle(METHODS), strict=False):
             seen |= set(values)
             ax.plot(list(values), list(values.values()), marker=marker, color=colour, label=method, clip_on=False)

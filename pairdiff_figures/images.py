@@ -17,7 +17,7 @@ def images_figure(rows: Mapping[str, torch.Tensor], spacing: Sequence[float], co
     """
     size = next(iter(rows.values())).shape[2:]
     width, height = (voxels * mm for voxels, mm in zip(size, spacing, strict=True))
-    figure, axes = style.image_figure([width] * columns, [height] * len(rows), gap=0.1)
+    figure, axes = style.image_figure([width] * columns, [height] * len(rows), gap=0.1, width=9.5)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1}
     for number, (line, (name, images)) in enumerate(zip(axes, rows.items(), strict=True)):
         for ax in line[len(images) :]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from pairdiff_figures.style import GREEN, GREY, LINES, WIDTH, closed_figure
+from pairdiff_figures.style import GREEN, GREY, LINES, closed_figure
 
-LINE = 0.24  # inches, of one entry in a cell
+WIDTH, LINE = 9.5, 0.24  # inches: of the table, and of one entry in a cell
 
 
 def landscape_figure(works: Sequence[tuple[str, str, str, bool]]) -> Figure:

@@ -166,4 +166,4 @@ def _structure_legend(figure: Figure, pairs: PairSet, labels: torch.Tensor) -> N
     colours = style.structure_colours(pairs)
     present = [label for label in labels.unique().tolist() if label > 0]
     named = {style.structure_of(pairs.label_names[label]).replace("-", " "): colours[label] for label in present}
-    style.legend_below(figure, int(figure.get_figwidth() / 1.9), named)
+    style.legend_below(figure, len(named), named)

@@ -1,7 +1,7 @@
 """What all figures share: colours, matplotlib's defaults, closed figures, legends, and images to scale."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import TextPath
 
 from pairdiff_core import fields
 from pairdiff_core.pairs import PairSet
@@ -24,6 +25,7 @@ from pairdiff_core.pairs import PairSet
 FIXED, MOVING = "#0072B2", "#E69F00"
 GREEN, VERMILION, PURPLE, SKY, GREY = "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F"
 METHODS = ((GREY, "o"), (PURPLE, "s"), (GREEN, "D"), (VERMILION, "^"), (SKY, "v"), ("#000000", "P"))
+NAMED = dict(zip(("before", "baseline", "real", "synthetic"), METHODS, strict=False))
 LINES = "#333333"
 MASKED = "#B8B8B8"
 
@@ -49,7 +51,9 @@ STRUCTURES = {
     "Cerebellum-Cortex": "#EAA9B4",
 }
 
-IMAGE, WIDTH = 2.9, 9.5  # inches, at most: width of one image and of a figure
+# Inches, at most: width of one image, of a figure of images, and of a plot. A phone shows each figure 3.6 inches wide,
+# so text in a wider one gets too small to read.
+IMAGE, WIDTH, PLOT = 2.4, 7.9, 5.8
 SCALE_BARS = (100, 50, 20, 10, 5, 2, 1)  # millimetres
 # Positions of letters on an Axes: two in the upper corners, or four at the left, right, top and bottom edge
 LETTERS_AT = {2: ((0.03, 0.98), (0.97, 0.98)), 4: ((0.02, 0.5), (0.98, 0.5), (0.5, 0.985), (0.5, 0.015))}
@@ -65,6 +69,13 @@ def use_style() -> None:
     images = {"image.cmap": "cividis", "image.interpolation": "nearest"}
     layout = {"figure.dpi": 110, "figure.constrained_layout.use": True}
     plt.rcParams.update(sizes | lines | images | layout)
+
+
+def method_styles(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Colour and marker of each method; those of NAMED always have the same, the others take what is left, in order."""
+    names = list(names)
+    spare = cycle([style for style in METHODS if style not in [NAMED[name] for name in names if name in NAMED]])
+    return [NAMED[name] if name in NAMED else next(spare) for name in names]
 
 
 def structure_of(label_name: str) -> str:
@@ -104,10 +115,23 @@ def legend_below(figure: Figure, columns: int, colours: Mapping[str, Any] | None
         edge = {"edgecolor": "#888888", "linewidth": 0.5}
         handles = [Patch(facecolor=colour, label=name, **edge) for name, colour in colours.items()]
     if handles:
+        names = [handle.get_label() for handle in handles]
         columns = max(1, min(columns, len(handles)))
+        while columns > 1 and _legend_width(names, columns) > figure.get_figwidth():
+            columns -= 1
         figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(handles) / columns) + 0.15)
         style = {"ncols": columns, "handlelength": 1.2, "columnspacing": 1.2}
         figure.legend(handles=handles, loc="outside lower center", **style)
+
+
+def _legend_width(names: Sequence[str], columns: int) -> float:
+    """Width in inches of a legend of these names, which fill one column after the other."""
+    size = plt.rcParams["legend.fontsize"]
+    widths = [TextPath((0, 0), name, size=size).get_extents().width / 72 for name in names]
+    rows, longer = divmod(len(names), columns)
+    ends = np.cumsum([rows + (column < longer) for column in range(columns)])[:-1]
+    marks = columns * 0.5  # the marks, and the spaces around them
+    return marks + sum(max(each, default=0.0) for each in map(list, np.split(np.array(widths), ends)))
 
 
 def field_of_view(pairs: PairSet) -> tuple[float, ...]:
@@ -115,12 +139,15 @@ def field_of_view(pairs: PairSet) -> tuple[float, ...]:
     return tuple(size * mm for size, mm in zip(pairs.spatial, pairs.spacing, strict=True))
 
 
-def image_figure(columns: Sequence[float], rows: Sequence[float], gap: float = 0.35) -> tuple[Figure, np.ndarray]:
+def image_figure(
+    columns: Sequence[float], rows: Sequence[float], gap: float = 0.35, width: float = WIDTH, image: float = IMAGE
+) -> tuple[Figure, np.ndarray]:
     """A closed figure for images at one scale, and its Axes (rows, columns).
 
-    The width of each column and the height of each row are in millimetres, the space between rows in inches.
+    The width of each column and the height of each row are in millimetres; the space between rows, and the largest
+    width of the figure and of an image, are in inches.
     """
-    scale = min(WIDTH / sum(columns), IMAGE / max(columns))
+    scale = min(width / sum(columns), image / max(columns))
     size = (scale * sum(columns), scale * sum(rows) + gap * (len(rows) - 1) + 0.35)
     return closed_figure(len(rows), len(columns), size, width_ratios=columns)
 

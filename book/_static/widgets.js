@@ -1,3 +1,16 @@
+// The widget library asks for `MathJax.Hub`, of MathJax 2, whenever it draws a text; these pages have MathJax 3. No widget
+// of this book holds an equation, so nothing is to be drawn. MathJax replaces its global object while it loads; hence
+// the setter.
+let mathJax = window.MathJax;
+const withHub = (object) => (object ? Object.assign(object, { Hub: { Queue() {} } }) : object);
+withHub(mathJax);
+Object.defineProperty(window, "MathJax", {
+  configurable: true,
+  enumerable: true,
+  get: () => mathJax,
+  set: (object) => { mathJax = withHub(object); },
+});
+
 // Names for what the widget library leaves nameless, so that screen readers can say what a slider or a picture is.
 function nameWidgets() {
   for (const handle of document.querySelectorAll(".noUi-handle:not([aria-label])")) {
