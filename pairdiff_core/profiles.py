@@ -323,10 +323,10 @@ _LAPTOP_CONTROL = ControlNetSettings(
     embedding=(16, 32, 64), steps=500, batch=4, learning_rate=2e-3, average=0.99, sampling_steps=20
 )
 _LAPTOP_IMAGE_UNET = ImageUNetSettings(channels=(16, 32, 64, 64, 64, 16), steps=400, batch=2, learning_rate=2e-3)
-_LAPTOP_STUDENT = StudentSettings("Jensen-Shannon", steps=800, batch=4, learning_rate=3e-4, average=0.99)
+_LAPTOP_STUDENT = StudentSettings("Jensen-Shannon", steps=500, batch=4, learning_rate=3e-4, average=0.99)
 _LAPTOP_ENCODERS = EncodersSettings((16, 32, 64, 64), embedding=64, pairs=1024, steps=400, batch=32, learning_rate=2e-3)
 _LAPTOP_SCORE_NETWORK = ScoreNetworkSettings(
-    channels=(32, 64, 128), steps=800, batch=2, learning_rate=2e-3, sampling_steps=15
+    channels=(32, 64, 128), steps=400, batch=2, learning_rate=2e-3, sampling_steps=15
 )
 
 _BRAIN_LEVELS = tuple(Level(scale=scale, control=1, steps=40, learning_rate=0.1) for scale in (8, 4, 2))

@@ -53,6 +53,10 @@ def player(
         mode: "once", "loop" or "reflect".
         start: the frame that a reader sees before pressing anything; choose one that is not empty.
     """
+    draw(start)
+    for _ in range(2):  # the layout needs two passes; then it stays, so that frames do not jump by a pixel
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     animation = FuncAnimation(figure, lambda frame: draw(frame) or [], frames=frames, interval=250)
     with plt.rc_context({"savefig.dpi": DPI}):
         page = animation.to_jshtml(default_mode=mode)

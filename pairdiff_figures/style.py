@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -108,9 +109,10 @@ def closed_figure(rows: int, columns: int, size: tuple[float, float], **gridspec
 
 
 def legend_below(figure: Figure, columns: int, colours: Mapping[str, Any] | None = None) -> None:
-    """Add a legend of named colours, or of what the first Axes shows, below everything; the figure gets higher."""
+    """Add a legend of named colours, or of what all Axes show, below everything; the figure gets higher."""
     if colours is None:
-        handles = figure.axes[0].get_legend_handles_labels()[0]
+        shown = [pair for ax in figure.axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+        handles = list({label: handle for handle, label in reversed(shown)}.values())[::-1]
     else:
         edge = {"edgecolor": "#888888", "linewidth": 0.5}
         handles = [Patch(facecolor=colour, label=name, **edge) for name, colour in colours.items()]
@@ -126,7 +128,7 @@ def legend_below(figure: Figure, columns: int, colours: Mapping[str, Any] | None
 
 def _legend_width(names: Sequence[str], columns: int) -> float:
     """Width in inches of a legend of these names, which fill one column after the other."""
-    size = plt.rcParams["legend.fontsize"]
+    size = FontProperties(size=plt.rcParams["legend.fontsize"]).get_size_in_points()
     widths = [TextPath((0, 0), name, size=size).get_extents().width / 72 for name in names]
     rows, longer = divmod(len(names), columns)
     ends = np.cumsum([rows + (column < longer) for column in range(columns)])[:-1]
