@@ -53,9 +53,6 @@ class Denoiser(nn.Module):
         self.convolutions = nn.Sequential(
             *(ResBlock(len(grid), width, norm, act="gelu") for _ in range(settings.convolutions))
         )
-        for part in self.convolutions.modules():
-            if type(part) is nn.Conv3d:
-                part.__class__ = VolumeConvolution
         for block in self.convolutions:  # start as the identity
             nn.init.zeros_(block.conv2.conv.weight)
         layer = nn.TransformerEncoderLayer(
@@ -92,26 +89,6 @@ class Denoiser(nn.Module):
             hidden = self.convolutions(image).flatten(2).movedim(1, 2)
         with no_fast_path():
             return self.head(self.blocks(hidden))
-
-
-class VolumeConvolution(nn.Conv3d):
-    """A 3D convolution that keeps the size of its input, and is fast for one small volume on a CPU, too.
-
-    There, PyTorch gives one float32 volume to oneDNN only if channels times the first two sides are above 20,480
-    (``use_mkldnn`` in its ``Convolution.cpp``, written for images); otherwise it runs a plain loop, which takes three
-    times as long. Two volumes always go to oneDNN, so one is cut into two halves with the neighbours they need.
-    """
-
-    def _conv_forward(self, volumes: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        slow = len(volumes) == 1 and volumes.device.type == "cpu" and volumes.shape[:4].numel() <= 20_480
-        if not slow or torch.is_autocast_enabled("cpu"):
-            return super()._conv_forward(volumes, weight, bias)
-        length, margin, *others = volumes.shape[2], *self.padding
-        half = -(-length // 2)  # two halves of an odd length share their middle row
-        padded = F.pad(volumes, (0, 0, 0, 0, margin, margin))
-        halves = torch.cat([padded[:, :, : half + 2 * margin], padded[:, :, length - half :]])
-        first, second = F.conv3d(halves, weight, bias, padding=(0, *others)).split(1)
-        return torch.cat([first, second[:, :, 2 * half - length :]], 2)
 
 
 @contextmanager

@@ -13,11 +13,13 @@ def images_figure(rows: Mapping[str, torch.Tensor], spacing: Sequence[float], co
 
     Args:
         rows: float (N, 1, H, W) by name; a set may have fewer images than there are columns.
+        columns: at most.
         spacing: millimetres per voxel along both array axes.
     """
     size = next(iter(rows.values())).shape[2:]
     width, height = (voxels * mm for voxels, mm in zip(size, spacing, strict=True))
-    figure, axes = style.image_figure([width] * columns, [height] * len(rows), gap=0.1, width=9.5)
+    columns = min(columns, max(map(len, rows.values())))
+    figure, axes = style.image_figure([width] * columns, [height] * len(rows), gap=0.1)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1}
     for number, (line, (name, images)) in enumerate(zip(axes, rows.items(), strict=True)):
         for ax in line[len(images) :]:

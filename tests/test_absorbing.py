@@ -261,39 +261,6 @@ def test_convolutions_start_as_the_identity():
     torch.testing.assert_close(with_blocks(tokens), without(tokens))
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8])
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_convolution_of_one_volume_is_one_and_so_is_its_gradient(number, length):
-    plain = torch.nn.Conv3d(4, 6, 3, padding=1).double()
-    ours = absorbing.VolumeConvolution(4, 6, 3, padding=1).double()
-    ours.load_state_dict(plain.state_dict())
-    found = []
-    for convolution in (plain, ours):
-        volumes = torch.randn(number, 4, length, 5, 6, generator=seeded(), dtype=torch.float64, requires_grad=True)
-        result = convolution(volumes)
-        result.backward(torch.randn(result.shape, generator=seeded(1), dtype=torch.float64))
-        found.append((result, volumes.grad, *(parameter.grad for parameter in convolution.parameters())))
-    for expected, own in zip(*found, strict=True):
-        torch.testing.assert_close(own, expected)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_one_volume_is_convolved_by_onednn():
-    tokens = torch.zeros(1, 8 * 6 * 8, dtype=torch.long)
-
-    def loops(model):
-        with torch.profiler.profile() as done:
-            model(tokens).sum().backward()
-        return "aten::slow_conv3d_forward" in {event.key for event in done.key_averages()}
-
-    model = small_denoiser((8, 6, 8), convolutions=1)
-    assert not loops(model)
-    for part in model.modules():
-        if isinstance(part, absorbing.VolumeConvolution):
-            part.__class__ = torch.nn.Conv3d
-    assert loops(model), "where PyTorch no longer does so, VolumeConvolution may go"
-
-
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_sampling_writes_down_no_table_of_attention(bfloat16, monkeypatch):
     in_blocks, as_table = "_scaled_dot_product_flash_attention_for_cpu", "_transformer_encoder_layer_fwd"
