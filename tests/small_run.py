@@ -58,7 +58,7 @@ def small_image_run(folder, **changes):
         translator=plain,
         segmenter=plain,
         student=replace(profile.student, steps=6, batch=2),
-        encoders=replace(profile.encoders, channels=(4, 4), embedding=4, pairs=8, steps=6, batch=4),
+        encoders=replace(profile.encoders, channels=(4, 4), embedding=4, pairs=40, steps=6, batch=4),
         score_network=replace(profile.score_network, channels=(4, 8), steps=6, batch=1, sampling_steps=3),
     )
     return replace(run, profile=profile)

@@ -385,16 +385,16 @@ def test_equally_many_pairs_of_each_kind_train_a_registration(images_made, tmp_p
     run, _ = images_made
     shutil.copytree(run.path, tmp_path / "run")
     run = replace(run, folder=tmp_path / "run")
-    measured = continuous.measure(run, seeds=[0, 1], number=4, images=16)
+    measured = continuous.measure(run, seeds=[0, 1], number=6, images=16)
     rows = {(row["training"], row["seed"]): row for row in measured["registration"]}
     kinds = ["real", "tokens", "tokens, given fixed", "ControlNet", "U-Net alone"]
     assert list(rows) == [(kind, seed) for seed in (0, 1) for kind in kinds]
     assert all(0 < row["dice"] < 1 for row in rows.values())
     assert rows["real", 0]["dice"] != rows["real", 1]["dice"] != rows["ControlNet", 1]["dice"]
-    real = run.train[torch.randperm(len(run.train), generator=run.generator("chosen pairs"))[:4]]
+    real = run.train[torch.randperm(len(run.train), generator=run.generator("chosen pairs"))[:6]]
     expected = metrics.mean_dice(real.fixed, real.moving, real.num_labels).mean()
     assert measured["pairs"]["real"]["dice"] == pytest.approx(float(expected))
-    assert {kind: each["number"] for kind, each in measured["pairs"].items()} == dict.fromkeys(kinds, 4)
+    assert {kind: each["number"] for kind, each in measured["pairs"].items()} == dict.fromkeys(kinds, 6)
     folders = [tmp_path / "run" / f"seed{seed}" for seed in (0, 1)]
     assert all((folder / "registration-u-net-alone.safetensors").is_file() for folder in folders)
     errors = measured["translation"]
@@ -403,6 +403,14 @@ def test_equally_many_pairs_of_each_kind_train_a_registration(images_made, tmp_p
     images = measured["images"]
     assert {"tokens", "DDIM", "rectified flow", "partners, ControlNet"} < set(images)
     assert images["training people, drawn again"]["frechet"] < images["DDIM"]["frechet"]
+    assert set(measured["losses"]) == {"L1", "L1 + KL", "L1 + KL + adversarial"}
+    assert {name: sorted(rows) for name, rows in measured["few_steps"].items()} == {
+        "DDIM": [1, 2, 4, 20], "rectified flow": [1, 2, 4, 20], "student": [1], "tokens": [1, 2, 4, 20],
+        "unseen people": [0],
+    }  # fmt: skip
+    assert all(row["chance"] == 1 / 16 and 0 <= row["found"] <= 1 for row in measured["retrieval"].values())
+    completed = {name: row["psnr"][0] for name, row in measured["reconstruction"].items()}
+    assert completed["zeros"] < completed["total variation"] and len(completed) == 6
 
 
 def test_interrupted_partners_continue(images_made, tmp_path):

@@ -82,3 +82,5 @@ def test_each_kind_of_encoders_is_another_one(images_made, tmp_path):
     assert "invariant" in both.history[-1] and "invariant" not in few.history[-1]
     assert (run.path / "encoders-4-invariant.safetensors").is_file()
     assert pipeline.train_encoders(run, 4).loaded
+    with pytest.raises(ValueError, match="the profile has 40 images with a partner, not 41"):
+        pipeline.train_encoders(run, 41)

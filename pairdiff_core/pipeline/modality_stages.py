@@ -38,8 +38,13 @@ def train_encoders(run: Run, pairs: int | None = None, *, invariant: bool = Fals
     Args:
         pairs: how many images have a partner; None for all that the profile has.
         invariant: whether the loss has its second term, for which all images are used, with or without a partner.
+
+    Raises:
+        ValueError: for more pairs than the profile has.
     """
     settings = run.profile.encoders
+    if pairs and pairs > settings.pairs:
+        raise ValueError(f"the profile has {settings.pairs} images with a partner, not {pairs}")
     chosen = [f"-{pairs}" if pairs else "", "-invariant" if invariant else ""]
     if pretrained := load_pretrained(run, name := "encoders" + "".join(chosen)):
         return pretrained
