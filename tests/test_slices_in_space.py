@@ -66,7 +66,7 @@ def test_landmarks_of_a_coronal_slice_on_another_grid(coronal, tmp_path):
     result = works(
         call("register", coronal["fixed"], coronal["cropped"], "--resample", "--out", field, "--inverse", back)
     )
-    assert f"the direction (1, 0, 0, 1) and the grid of {coronal['fixed']}." in result.stderr
+    assert f"(1, 0, 0, 1) and resample it to the grid of {coronal['fixed']}." in result.stderr
     for path, start, end in ((field, (15, 0, 14), (17, 0, 13)), (back, (17, 0, 13), (15, 0, 14))):
         found = np.array(moved(path, csv_file(tmp_path / "p.csv", [start])), float)
         np.testing.assert_allclose(found[0], end, atol=0.05)

@@ -135,7 +135,10 @@ REFUSED = {
     "shape": ("has shape.*Add --resample", lambda path: write(path, boxes()[:-1])),
     "place": ("is not at the same position as .*Add --resample", lambda path: write(path, boxes(), SHIFTED)),
     "direction": ("is not at the same position as", lambda path: write(path, boxes(), np.diag([1.0, -1.0, 1.0, 1.0]))),
-    "time": ("2 volumes. Take one", lambda path: write(path, np.stack([boxes(), boxes()], -1))),
+    "time": (
+        "2 volumes. Save one of them as a file of its own",
+        lambda path: write(path, np.stack([boxes(), boxes()], -1)),
+    ),
     "no voxels": ("no voxels in it", lambda path: write(path, np.zeros((0,), np.uint8))),
     "a row": ("a row of voxels", lambda path: write(path, np.ones((5,), np.uint8))),
     "negative": ("holds negative labels: -7, -3", lambda path: write(path, -boxes(dtype=np.int16))),
