@@ -86,7 +86,10 @@ def partners_from_tokens(run: Run, pairs: PairSet) -> PairSet:
     shown = encode_pairs(autoencoder.model, fixed_with_itself(pairs.labels))
     parts = shown.split(PAIRS_IN_A_SHARD)
     inputs = {"denoiser": trained.fingerprint, "given": fingerprint(shown)}
-    draw = lambda shard: sample_pairs(apart, trained, shard, parts[shard])  # noqa: E731
+
+    def draw(shard: int) -> torch.Tensor:
+        return sample_pairs(apart, trained, shard, parts[shard])
+
     drawn = decode_pairs(apart, autoencoder, load_or_make(apart, "synthesis", inputs, draw, number_of_shards(apart)))
     return replace(drawn, labels=torch.stack([pairs.fixed, drawn.moving], 1))  # (N, 2, *spatial)
 

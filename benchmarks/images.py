@@ -64,13 +64,19 @@ def sampled_images(
         coder.decode(coder.encode(t1_images(run, pairs).some(number, purpose)))
         for pairs, purpose in ((run.validation, "unseen"), (run.train, "again"))
     )
-    seeds = [run.generator(f"token image {index}") for index in range(min(number, len(tokens)))]
-    drawn = draw_images(tokens.fixed[:number], "T1", run.profile.num_labels, seeds)
-    sets = {"training people, drawn again": again, "unseen people": seen, "tokens": coder.decode(coder.encode(drawn))}
+    sets = {"training people, drawn again": again, "unseen people": seen}
+    sets["tokens"] = _from_labels(run, made, tokens.fixed[:number])
     for name, sampler in {"DDIM": "ddim", "rectified flow": "rflow"}.items():
         sets[name] = coder.decode(sample_latents(run, made.models[STAGE_OF[sampler]], sampler, number))
     sets |= {f"partners, {kind}": images[:number] for kind, images in partners.items()}
     return metrics.compare_images(coder.decode(made.latents), seen, sets)
+
+
+def _from_labels(run: Run, made: ImageStageResults, labels: torch.Tensor) -> torch.Tensor:
+    """T1-like images of synthetic label maps uint8 (N, *spatial), after the autoencoder."""
+    coder = made.models["kl_autoencoder"].model
+    seeds = [run.generator(f"token image {index}") for index in range(len(labels))]
+    return coder.decode(coder.encode(draw_images(labels, "T1", run.profile.num_labels, seeds)))
 
 
 def autoencoder_losses(run: Run, number: int) -> Table:
@@ -128,9 +134,7 @@ def few_steps(run: Run, made: ImageStageResults, tokens: StageResults, number: i
             denoiser, -(-number // 2), denoiser.length, denoiser.mask_token, seeded("tokens"), steps, heat
         )
         labels = decode_labels(tokens.autoencoder.model, drawn.unflatten(1, denoiser.grid)).flatten(0, 1)[:number]
-        seeds = [run.generator(f"token image {index}") for index in range(number)]
-        grey = draw_images(labels, "T1", run.profile.num_labels, seeds)
-        sets["tokens", steps] = coder.decode(coder.encode(grey))
+        sets["tokens", steps] = _from_labels(run, made, labels)
     compared = metrics.compare_images(coder.decode(made.latents), seen, sets | {("unseen people", 0): seen})
     found: dict[str, dict[int, dict]] = {}
     for (name, steps), row in compared.items():

@@ -50,7 +50,8 @@ def similarities(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def info_nce(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The symmetric contrastive loss, in nats: each of N embeddings (N, E) has to find its partner among N.
 
-    If all embeddings are equal, it is the logarithm of N.
+    If all embeddings are equal, it is the logarithm of N. MONAI's ``ContrastiveLoss`` also compares embeddings of one
+    modality with each other.
     """
     logits, partner = similarities(a, b) / TEMPERATURE, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)) / 2
