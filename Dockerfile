@@ -7,6 +7,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends git make && rm 
 WORKDIR /pairdiff
 COPY . .
 ARG TORCH_INDEX=
+# .devcontainer uses this environment, too: there, set-up installs only the checkout, which is mounted elsewhere.
 RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX" make setup
 EXPOSE 8888
 CMD ["make", "lab", "LAB=--ip=0.0.0.0 --allow-root --no-browser"]

@@ -92,6 +92,13 @@ def test_conda_installs_this_project_and_keeps_to_the_constraints() -> None:
     assert {"-c constraints.txt", "-e ."} <= set(conda_pip_lines())
 
 
+with_pins = pytest.mark.skipif(
+    not (Path(sys.prefix) / ".installed").exists(),  # `make setup` leaves this file, unless CONSTRAINTS is empty
+    reason="made without the pins: newer versions, and what they need in addition, say nothing about this project",
+)
+
+
+@with_pins
 def test_everything_that_is_needed_is_pinned() -> None:
     # libraries for graphics cards come with the build of PyTorch that each machine takes
     cards = {name for name in needed() if name.startswith(("nvidia-", "cuda-", "triton"))}
@@ -99,16 +106,28 @@ def test_everything_that_is_needed_is_pinned() -> None:
     assert not unpinned, f"add to constraints.txt: {sorted(unpinned)}"
 
 
+@with_pins
 def test_what_is_installed_is_what_is_pinned() -> None:
     """The tests run with the versions that the book promises, except for build labels."""
-    if not (Path(sys.prefix) / ".installed").exists():
-        pytest.skip("this environment was not made by `make setup`, so it may have other versions")
     wrong = {
         name: (str(here), str(constraints()[name]))
         for name, here in needed().items()
         if name in constraints() and here.public != constraints()[name].public
     }
     assert not wrong, f"installed and pinned versions differ: {wrong}"
+
+
+@pytest.mark.parametrize("constraints", ["constraints.txt", ""])
+def test_set_up_marks_exactly_the_environments_with_pins(constraints: str) -> None:
+    command = ["make", "--dry-run", "--always-make", "setup", f"CONSTRAINTS={constraints}", "VENV=here"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ("touch here/.installed" in said) == ("-c constraints.txt" in said) == bool(constraints)
+
+
+def test_the_checks_run_with_pins_whatever_the_caller_has_set() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    unset = next(line for line in lines if line.startswith("unset "))
+    assert "CONSTRAINTS" in unset.split() and lines.index(unset) < lines.index("make setup")
 
 
 def test_python_versions_agree() -> None:
