@@ -128,9 +128,11 @@ def test_the_development_container_uses_the_environment_of_its_image() -> None:
         assert " .venv/" not in done.stdout
 
 
-LUNGS, BRAINS = (
-    json.loads((ROOT / "book" / "results" / name).read_text())["summary"] for name in ("lung250m.json", "brain2d.json")
+LUNGS, BRAINS, BRIEF = (
+    json.loads((ROOT / "book" / "results" / f"{name}.json").read_text())["summary"]
+    for name in ("lung250m", "brain2d", "brief")
 )
+LUNGS |= {"tre_brief": BRIEF["tre_mm"], "seconds_brief": BRIEF["seconds_per_pair"]}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,7 @@ LUNGS, BRAINS = (
     [
         ("before registration", "tre_before", None),
         ("optimiser, no training", "tre_optimiser", "seconds_optimiser"),
+        ("optimiser, first two levels", "tre_brief", "seconds_brief"),
         ("network, ten real pairs under random", "tre_network_random_warps", "seconds_network_random_warps"),
         ("network, ten real pairs with", "tre_network_motion", "seconds_network_motion"),
         ("that network, then the optimiser", "tre_network_motion_instance", "seconds_network_motion_instance"),

@@ -1,37 +1,33 @@
-"""What this book adds to Jupyter Book.
+"""What this book adds to Jupyter Book, besides `book_times` and `book_links`.
 
 - Launch buttons, "edit this page" and repository links appear only when `repository.url` in `_config.yml`
-  is set.
+  is set, launch buttons only on chapters.
 - Every page is read and run again when the packages, the profile or the data folder changed, which Sphinx
   alone would not notice: it compares pages only.
-- The directives `run-times` and `machine`: how long each chapter took, and on what, as the build found it.
 - Each chapter offers its executed notebook for download.
-- Links to the glossary show the first sentence of a definition when the pointer rests on them.
+- A page loads the libraries of equations and widgets only if it shows some, and no icon that it does not draw.
+- Previews of links show what a page is about and, if the site's address is known, a picture.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import re
 import shutil
-from importlib import metadata
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import book_links
+import book_times
 from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.environment import BuildEnvironment
-from sphinx.util.docutils import SphinxDirective
 
-# What decides the numbers in a chapter, besides its own text.
-SETTINGS = ("PAIRDIFF_PROFILE", "PAIRDIFF_DATA", "PAIRDIFF_OASIS2D")
-SHOWN_VERSIONS = ("torch", "monai", "numpy", "lightning-fabric", "matplotlib", "jupyter-book")
-GLOSSARY = "book/glossary"
 REPOSITORY_BUTTONS = ("use_repository_button", "use_edit_page_button", "use_issues_button")
+PREVIEW = "_static/preview.png"
 
 
 def fingerprint(root: Path) -> str:
@@ -40,7 +36,7 @@ def fingerprint(root: Path) -> str:
     for path in (*sorted(root.glob("pairdiff_*/**/*.py")), root / "constraints.txt"):
         if path.is_file():
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    for name in SETTINGS:
+    for name in book_times.SETTINGS:
         digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -58,122 +54,10 @@ def show_repository_buttons(theme_options: dict[str, Any]) -> None:
 def set_up_config(app: Sphinx, config: Config) -> None:
     """Fill in what `_config.yml` cannot know."""
     show_repository_buttons(config.html_theme_options)
+    address = config.html_theme_options.get("repository_url", "")
+    if match := re.fullmatch(r"https://github\.com/([\w.-]+)/([\w.-]+?)/?", address):
+        config.html_baseurl = config.html_baseurl or f"https://{match[1].lower()}.github.io/{match[2]}/"
     config.pairdiff_fingerprint = fingerprint(Path(app.confdir))
-
-
-def memory_gib() -> str:
-    """Return the size of the main memory, or "unknown" where the system does not say."""
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (ValueError, OSError, AttributeError):
-        return "unknown"
-
-
-def describe_machine() -> dict[str, str]:
-    """Return what a run time depends on, as name and value."""
-    import torch
-
-    from pairdiff_core.storage import device_name
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "Processor": device_name(torch.device("cpu")),
-        "Cores": str(cores),
-        "Threads used": str(torch.get_num_threads()),
-        "Memory": memory_gib(),
-        "GPU": ", ".join(devices) or "none",
-        "System": f"{platform.system()} {platform.machine()}",
-        "Profile": os.environ.get("PAIRDIFF_PROFILE") or "quick",
-        "Data": "a data folder" if any(os.environ.get(name) for name in SETTINGS[1:]) else "phantoms",
-        "Python": platform.python_version(),
-        **{name: metadata.version(name) for name in SHOWN_VERSIONS},
-    }
-
-
-def table(rows: list[tuple[nodes.Node | str, str]], heading: tuple[str, str] | None = None) -> nodes.table:
-    """Return a table of two columns; a cell is text or a link."""
-
-    def row(cells: tuple[nodes.Node | str, ...]) -> nodes.row:
-        made = nodes.row()
-        for cell in cells:
-            content = nodes.Text(cell) if isinstance(cell, str) else cell
-            made += nodes.entry("", nodes.paragraph("", "", content))
-        return made
-
-    group = nodes.tgroup(cols=2)
-    group += [nodes.colspec(colwidth=1), nodes.colspec(colwidth=2)]
-    if heading:
-        group += nodes.thead("", row(heading))
-    group += nodes.tbody("", *(row(cells) for cells in rows))
-    return nodes.table("", group, classes=["colwidths-auto"])
-
-
-class MachineTable(SphinxDirective):
-    """`{machine}`: a table of the machine that builds the book, filled in while it builds."""
-
-    def run(self) -> list[nodes.Node]:
-        """Return the table."""
-        always_read_anew(self.env)
-        return [table(list(describe_machine().items()))]
-
-
-class RunTimes(nodes.General, nodes.Element):
-    """Stands where the table of run times goes, until every chapter has run."""
-
-
-class RunTimesTable(SphinxDirective):
-    """`{run-times}`: a table of how long each chapter took when it last ran."""
-
-    def run(self) -> list[nodes.Node]:
-        """Return the placeholder; `fill_in_run_times` replaces it."""
-        always_read_anew(self.env)
-        return [RunTimes()]
-
-
-def fill_in_run_times(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Replace each `RunTimes` by the table, once all chapters have run."""
-    env = app.env
-    ran = NbMetadataCollector.get_doc_data(env)
-    numbers = {name: env.toc_secnumbers.get(name, {}).get("", ()) for name in ran}
-    for placeholder in list(doctree.findall(RunTimes)):
-        rows: list[tuple[nodes.Node | str, str]] = []
-        total = 0.0
-        for name in sorted(ran, key=numbers.get):
-            seconds = (ran[name].get("exec_data") or {}).get("runtime")
-            if seconds is None or not name.startswith("notebooks/"):
-                continue
-            number = ".".join(map(str, numbers[name]))
-            title = f"{number}. {env.titles[name].astext()}".removeprefix(". ")
-            address = app.builder.get_relative_uri(docname, name)
-            rows.append((nodes.reference("", title, internal=True, refuri=address), f"{seconds:.0f} s"))
-            total += seconds
-        rows.append(("all chapters", f"{total:.0f} s"))
-        placeholder.replace_self(table(rows, ("Chapter", "Run time")))
-
-
-def show_definitions(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Give each link to the glossary the first sentence of its definition as a title."""
-    if GLOSSARY not in app.env.found_docs:
-        return
-    definitions: dict[str, str] = {}
-    for entry in app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item):
-        sentence = re.split(r"(?<=\.)\s", entry[-1].astext(), maxsplit=1)[0]
-        definitions |= {anchor: sentence for term in entry.findall(nodes.term) for anchor in term["ids"]}
-    for link in doctree.findall(nodes.reference):
-        anchor = link.get("refid") or link.get("refuri", "").partition("#")[2]
-        if anchor in definitions:
-            link["reftitle"] = definitions[anchor]
-
-
-def always_read_anew(env: BuildEnvironment) -> None:
-    """Mark the current page, so that no table on it is ever of an earlier build."""
-    env.metadata[env.docname]["pairdiff_machine"] = True
-
-
-def machine_pages(app: Sphinx, env: BuildEnvironment, added: set, changed: set, removed: set) -> list[str]:
-    """Name the pages that show run times or the machine: they are always stale."""
-    return [name for name in env.found_docs if env.metadata.get(name, {}).get("pairdiff_machine")]
 
 
 def offer_notebook(app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None) -> None:
@@ -195,6 +79,42 @@ def leave_out_unused_widgets(
         NbMetadataCollector.get_doc_data(app.env).get(pagename, {}).pop("js_files", None)
 
 
+def leave_out_unused_mathjax(
+    app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Let a page load MathJax only if it shows an equation."""
+    if 'class="math' not in context.get("body", ""):
+        context["script_files"] = [each for each in context["script_files"] if "mathjax" not in str(each.filename)]
+
+
+def describe_page(app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    """Say in the head what the page is about, for previews of links; the front page has its title once."""
+    if pagename == app.config.root_doc:
+        context["docstitle"] = ""
+    if doctree is None:
+        return
+    tags = context.get("metatags", "")
+    first = next((each for each in doctree.findall(nodes.paragraph) if isinstance(each.parent, nodes.section)), None)
+    if 'name="description"' not in tags and first is not None:
+        about = escape(" ".join(first.astext().split()))
+        title = escape(app.env.titles[pagename].astext())
+        tags += f'<meta name="description" content="{about}" />\n<meta property="og:title" content="{title}" />\n'
+        tags += f'<meta property="og:description" content="{about}" />\n'
+    if site := app.config.html_baseurl:
+        tags += f'<meta property="og:image" content="{site.rstrip("/")}/{PREVIEW}" />\n'
+        tags += '<meta name="twitter:card" content="summary_large_image" />\n'
+    context["metatags"] = tags
+
+
+def leave_out_launch_buttons(
+    app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Show buttons of Binder and Colab only where a notebook of that name exists in the repository."""
+    if not Path(app.env.doc2path(pagename)).with_suffix(".ipynb").exists():
+        buttons = context["header_buttons"]
+        context["header_buttons"] = [each for each in buttons if each.get("label") != "launch-buttons"]
+
+
 def escape_shapes(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
     """Keep the stars of shapes such as (N, *spatial), and bars such as |u|, from being markup; *word* is emphasis."""
     for index, line in enumerate(lines):
@@ -204,25 +124,24 @@ def escape_shapes(app: Sphinx, what: str, name: str, of: Any, options: Any, line
 
 
 def leave_out_imported(app: Sphinx, what: str, name: str, of: Any, skip: bool, options: Any) -> bool | None:
-    """Show a member where it is defined, or in the folder that hands it on; None decides nothing."""
+    """Show a member where it is defined, or in the folder that exports it; None leaves the decision to Sphinx."""
     module = getattr(of, "__module__", None) or ""
     return True if what == "module" and not module.startswith(app.env.temp_data["autodoc:module"]) else None
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension with Sphinx."""
+    book_times.setup(app)
+    book_links.setup(app)
     app.add_config_value("pairdiff_fingerprint", "", "env")
-    app.add_node(RunTimes)
-    app.add_directive("machine", MachineTable)
-    app.add_directive("run-times", RunTimesTable)
-    app.connect("doctree-resolved", fill_in_run_times)
-    app.connect("doctree-resolved", show_definitions)
     # The theme draws icons by replacing their elements, which breaks the Play widget: nest them instead.
     app.add_js_file(None, body="if (window.FontAwesome) { FontAwesome.config.autoReplaceSvg = 'nest'; }")
     app.connect("autodoc-process-docstring", escape_shapes, priority=400)  # before napoleon (500)
     app.connect("autodoc-skip-member", leave_out_imported)
     app.connect("config-inited", set_up_config, priority=400)
-    app.connect("env-get-outdated", machine_pages)
-    app.connect("html-page-context", leave_out_unused_widgets, priority=400)  # before myst_nb adds its files (500)
     app.connect("html-page-context", offer_notebook, priority=400)  # before the theme draws its buttons (500)
+    app.connect("html-page-context", leave_out_unused_widgets, priority=400)  # before myst_nb adds its files (500)
+    app.connect("html-page-context", leave_out_unused_mathjax, priority=600)  # after Sphinx added it (500)
+    app.connect("html-page-context", describe_page)
+    app.connect("html-page-context", leave_out_launch_buttons, priority=600)  # after the theme added them (500)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

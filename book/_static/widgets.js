@@ -21,7 +21,33 @@ function nameWidgets() {
     image.alt = "The picture that the sliders choose";
   }
 }
+
+// A click on a figure shows it as large as the window; another click, or Escape, closes it.
+function enlarge(image) {
+  const dialog = document.createElement("dialog");
+  dialog.className = "enlarged";
+  dialog.setAttribute("aria-label", image.alt || "figure");
+  dialog.append(image.cloneNode());
+  dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+// What is folded is printed, too, and folded again afterwards.
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("article details:not([open])")];
+  for (const details of opened) details.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const details of opened) details.open = false;
+});
+
 document.addEventListener("DOMContentLoaded", () => {
   nameWidgets();
+  for (const image of document.querySelectorAll(".bd-article figure img")) {
+    image.addEventListener("click", () => enlarge(image));
+  }
   new MutationObserver(nameWidgets).observe(document.body, { childList: true, subtree: true });
 });
