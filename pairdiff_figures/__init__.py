@@ -6,6 +6,7 @@ one that a cell returns only once.
 """
 
 from .animations import player, rotation_animation, slices_animation, slices_widget, unmasking_animation, warp_animation
+from .architecture import architecture_figure
 from .curves import (
     area_figure,
     codebook_figure,

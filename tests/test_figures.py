@@ -18,6 +18,7 @@ from ipywidgets.embed import embed_data
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
 import pairdiff_figures as figures
@@ -629,3 +630,48 @@ def test_the_landscape_shows_each_work_once_below_its_task_and_beside_its_equati
     border = ax.lines[1].get_ydata()[0]  # between the two rows; y points down
     assert at["ours"][1] < border < min(at[name][1] for name in ("theirs", "other", "more"))
     assert at["other"][1] < at["more"][1], "works of one cell are below each other"
+
+
+U_SHAPE = (
+    [("maps", (8, 40, 48)), ("conv", (8, 40, 48)), ("pool", (16, 20, 24))],
+    [("pool", (32, 10, 12))],
+    [("up", (16, 20, 24)), ("up", (8, 40, 48)), ("logits", (2, 5, 160, 192))],
+)
+CHAIN = ([("linear, for $q$, $k$ and $v$", (3, 4, 480, 32)), ("mean", (4, 480, 32)), ("linear", (480, 128))],)
+
+
+@pytest.mark.parametrize("columns", [U_SHAPE, CHAIN])
+def test_an_architecture_shows_each_operation_and_shape_in_its_box(columns: tuple) -> None:
+    with plt.rc_context():
+        figures.use_style()
+        figure = figures.architecture_figure(columns, [(0, 2)])
+    (ax,) = figure.axes
+    path = [box for column in columns for box in column]
+    boxes = [patch for patch in ax.patches if isinstance(patch, FancyBboxPatch)]
+    figure.savefig(io.BytesIO())  # lays the figure out
+    for (operation, shape), text, box in zip(path, ax.texts, boxes, strict=True):
+        assert operation in text.get_text() and text.get_text().endswith(" × ".join(map(str, shape)))
+        inner, outer = text.get_window_extent(), box.get_window_extent()
+        assert outer.x0 < inner.x0 and inner.x1 < outer.x1, "the text is wider than its box"
+        assert outer.y0 < inner.y0 and inner.y1 < outer.y1, "the text is higher than its box"
+        assert text.get_fontsize() * 3.6 / figure.get_figwidth() >= 8, "too small on a phone"
+    arrows = [patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)]
+    colours = [to_hex(arrow.get_edgecolor()) for arrow in arrows]
+    assert colours == [to_hex(LINES)] * (len(path) - 1) + [to_hex(style.PURPLE)]
+
+
+def test_boxes_of_an_architecture_follow_the_resolution_down_and_up_again() -> None:
+    (ax,) = figures.architecture_figure(U_SHAPE, [(1, 5)]).axes
+    boxes = [patch for patch in ax.patches if isinstance(patch, FancyBboxPatch)]
+    heights = torch.tensor([box.get_height() for box in boxes])
+    steps = torch.tensor([0.0, -1, -1, 1, 1, 2])  # in powers of two
+    torch.testing.assert_close(heights.diff(), steps * (heights[0] - heights[2]))
+    middles = torch.tensor([box.get_y() + box.get_height() / 2 for box in boxes])  # y points down
+    assert (middles[:4].diff() > 0).all() and (middles[3:].diff() < 0).all()
+    assert middles[1] == middles[5], "boxes joined by a skip connection are beside each other"
+    across = [round(box.get_x(), 3) for box in boxes]
+    assert across == sorted(across) and len(set(across)) == 3
+    skip = ax.patches[-1].get_path().vertices
+    assert skip[0].tolist() == pytest.approx([boxes[1].get_x() + boxes[1].get_width(), float(middles[1])])
+    with pytest.raises(ValueError, match="unpack"):
+        figures.architecture_figure(U_SHAPE[:2])
