@@ -52,11 +52,11 @@ def conda_pip_lines() -> list[str]:
     return section
 
 
-def needed() -> dict[str, Version]:
-    """Return every installed package that this project needs here, directly or through another one."""
+def needed(direct: list[Requirement] = DIRECT) -> dict[str, Version]:
+    """Return every installed package that is needed here, directly or through another one."""
     found: dict[str, Version] = {}
     seen: set[str] = set()
-    waiting = [*DIRECT]
+    waiting = [*direct]
     while waiting:
         requirement = waiting.pop()
         if str(requirement) in seen:

@@ -207,15 +207,16 @@ def find_model(run: str | Path) -> Path:
     """The folder that ``run`` means: that folder itself, else the pretrained model of that name ("oasis2d-laptop").
 
     Raises:
-        CheckpointError: if there is neither; the message lists the pretrained models.
+        CheckpointError: if there is neither; the message lists the pretrained models, or says how to get them.
     """
     if Path(run).is_dir():
         return Path(run)
     models = {folder.name: folder for folder in reversed(pretrained_models())}
     if str(run) not in models:
-        raise CheckpointError(
-            f"{run} is neither a folder nor a pretrained model. Give a folder or one of: {', '.join(sorted(models))}."
-        )
+        use = f"Give a folder or one of: {', '.join(sorted(models))}."
+        if not models:  # an installed package comes without them
+            use = "No pretrained models are here: download the project's folder models and set PAIRDIFF_MODELS to it."
+        raise CheckpointError(f"{run} is neither a folder nor a pretrained model. {use}")
     return models[str(run)]
 
 
