@@ -1,6 +1,7 @@
 """Animations: players for slices and volumes, and a widget to browse the slices of a volume."""
 
 import base64
+import html
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ def player(
 
     Args:
         draw: draws the frame with a given number, 0 to ``frames`` - 1, on ``figure``.
-        alt: alternative text for what the frames show.
+        alt: what the frames show: the alternative text of the picture, and part of the slider's name.
         mode: "once", "loop" or "reflect".
         start: the frame that a reader sees before pressing anything; choose one that is not empty.
     """
@@ -64,7 +65,9 @@ def player(
     page = re.sub(r"(anim\w+) = new Animation\([^)]*\);", rf"\g<0> \1.set_frame({start});", page)
     for symbol in SYMBOLS:
         page = re.sub(r'<i class="fa [^>]*></i>', symbol, page, count=1)
+    alt = html.escape(alt)
     page = page.replace('<img id="', f'<img style="max-width: 100%" alt="{alt}" id="')
+    page = page.replace('type="range"', f'type="range" aria-label="Frame: {alt}"')  # buttons have names already
     return HTML(re.sub(r"data:image/png;base64,([^\"']+)", _with_palette, page))
 
 
@@ -112,7 +115,8 @@ def unmasking_animation(states: torch.Tensor, mask_token: int, grid: tuple[int, 
 def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> HTML:
     """A player that warps the moving image onto the fixed one: it follows t * u as t goes from 0 to 1.
 
-    Displacements are float (N, 2, H, W), voxels, fixed to moving, one for each pair of the set.
+    It waits half-way, with both outlines apart. Displacements are float (N, 2, H, W), voxels, fixed to moving, one for
+    each pair of the set.
     """
     times = np.linspace(0, 1, 11)
     width, height = field_of_view(pairs)
@@ -127,11 +131,15 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
         slices.show_labels(axes[0], moved, pairs, f"moving, warped: t = {t:.1f}", MOVING, marks=True)
         slices.show_overlap(axes[1], pairs.fixed[index], moved, pairs, "outlines")
 
-    return player(figure, draw, len(times), "The moving image is warped onto the fixed one.", mode="reflect")
+    alt = "The moving image is warped onto the fixed one."
+    return player(figure, draw, len(times), alt, mode="reflect", start=len(times) // 2)
 
 
 def rotation_animation(images: Mapping[str, torch.Tensor], spacing_mm: float) -> HTML:
-    """A player that turns named volumes uint8 (H, W, D) once around the body's axis D, drawn as lit surfaces."""
+    """A player that turns named volumes uint8 (H, W, D) once around the body's axis D, drawn as lit surfaces.
+
+    It waits after an eighth of a turn, where depth can be seen.
+    """
     figure, [axes] = closed_figure(1, len(images), (2.4 * len(images), 2.6))
 
     def draw(frame: int) -> None:
@@ -143,7 +151,7 @@ def rotation_animation(images: Mapping[str, torch.Tensor], spacing_mm: float) ->
             volumes.show_from_the_front(ax, depth_maps(torch.from_numpy(turned)[None])[0], spacing_mm)
             ax.set_title(name)
 
-    return player(figure, draw, TURNS, "Vessels of lungs turn around the body's axis.", mode="loop")
+    return player(figure, draw, TURNS, "Vessels of lungs turn around the body's axis.", "loop", start=TURNS // 8)
 
 
 def slices_with_vessels(pairs: PairSet, index: int, number: int) -> list[int]:
