@@ -9,17 +9,20 @@ from .animations import player, rotation_animation, slices_animation, slices_wid
 from .architecture import architecture_figure
 from .curves import (
     area_figure,
+    cases_figure,
     codebook_figure,
     dice_figure,
     error_curves_figure,
+    mean_interval,
     memorisation_figure,
     steps_figure,
     training_curve,
 )
 from .images import images_figure
 from .landscape import landscape_figure
+from .maps import error_maps_figure, jacobian_figure
 from .slices import (
-    jacobian_figure,
+    labels_gallery_figure,
     pair_figure,
     pairs_figure,
     registration_figure,
@@ -28,7 +31,19 @@ from .slices import (
     show_overlap,
     show_tokens,
 )
-from .style import FIXED, GREEN, GREY, LINES, METHODS, MOVING, VERMILION, closed_figure, structure_of, use_style
+from .style import (
+    FIXED,
+    GREEN,
+    GREY,
+    LINES,
+    METHODS,
+    MOVING,
+    VERMILION,
+    closed_figure,
+    method_styles,
+    structure_of,
+    use_style,
+)
 from .volumes import (
     displacement_figure,
     gallery_figure,

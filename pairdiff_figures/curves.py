@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -10,17 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pairdiff_figures.style import (
-    GREEN,
-    GREY,
-    LINES,
-    METHODS,
-    PLOT,
-    closed_figure,
-    legend_below,
-    method_styles,
-    structure_of,
-)
+from pairdiff_figures.style import GREEN, GREY, LINES, PLOT, closed_figure, legend_below, method_styles, structure_of
 
 
 def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -53,20 +42,25 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
         table: maps each method to its Dice, float (C - 1,) or (N, C - 1), 0 to 1; means leave out NaN. For colours and
             markers see ``style.method_styles``.
         label_names: C names, the background's first. Left and right are averaged.
+
+    The axis runs from the tenth below the lowest value to the tenth above the highest.
     """
     members: dict[str, list[int]] = {}
     for label, name in enumerate(label_names[1:]):
         members.setdefault(structure_of(name), []).append(label)
     between = 0.7 / max(4, len(table) - 1)  # of two methods, in rows
     figure, [[ax]] = closed_figure(1, 1, (PLOT, (0.2 + 0.07 * len(table)) * len(members) + 1.2))
-    for number, ((method, values), (colour, marker)) in enumerate(
-        zip(table.items(), method_styles(table), strict=True)
-    ):
+    styles, shown = method_styles(table), []
+    for number, (method, values) in enumerate(table.items()):
         dice = values.detach().cpu().double().reshape(-1, len(label_names) - 1)
         means = [dice.nanmean(1).nanmean(), *(dice[:, labels].nanmean() for labels in members.values())]
         rows = np.arange(len(means)) + between * (number - (len(table) - 1) / 2)
-        ax.plot(means, rows, marker, color=colour, label=method, markersize=5, clip_on=False, zorder=3)
-    ax.set(xlabel="Dice", xlim=(0, 1), ylim=(len(members) + 0.5, -0.5))
+        style = styles[method] | {"linestyle": "none"}
+        ax.plot(means, rows, **style, label=method, markersize=5, clip_on=False, zorder=3)
+        shown += [float(mean) for mean in means if not mean.isnan()]
+    low = math.floor(10 * min(shown, default=0)) / 10
+    high = max(math.ceil(10 * max(shown, default=1)) / 10, low + 0.1)
+    ax.set(xlabel="Dice", xlim=(low, high), ylim=(len(members) + 0.5, -0.5))
     ax.set_yticks(range(len(members) + 1), ["all structures", *(name.replace("-", " ") for name in members)])
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.axhline(0.5, color=GREY, linewidth=0.8)
@@ -84,10 +78,12 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure, [[ax]] = closed_figure(1, 1, (PLOT, 0.28 * len(rows) + 0.9))
     percent = np.array([row["real_mean"] or np.nan for row in rows]) / 100
-    for kind, (colour, marker), shift in (("real", METHODS[2], -0.15), ("synthetic", METHODS[3], 0.15)):
+    styles = method_styles(("real", "synthetic"))
+    for kind, shift in (("real", -0.15), ("synthetic", 0.15)):
         mean, sd = (np.array([row[f"{kind}_{what}"] for row in rows]) / percent for what in ("mean", "sd"))
         rows_at = np.arange(len(rows)) + shift
-        ax.errorbar(mean, rows_at, xerr=sd, fmt=marker, color=colour, label=kind, markersize=5, elinewidth=1.5)
+        style = styles[kind] | {"linestyle": "none"}
+        ax.errorbar(mean, rows_at, xerr=sd, **style, label=kind, markersize=5, elinewidth=1.5)
     ax.set(xlabel="size in % of the real mean, and standard deviation", xlim=(0, None))
     ax.set_yticks(range(len(rows)), [str(row["structure"]).replace("-", " ") for row in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
@@ -121,9 +117,10 @@ def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tenso
     figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.0))
     named = {"held-out real pairs": held_out_distances.cpu(), "synthetic pairs": distances.cpu()}
     bins = np.linspace(0, max(0.1, 1.02 * float(torch.cat(list(named.values())).max())), 50)
-    for (name, values), (colour, _) in zip(named.items(), METHODS[2:4], strict=True):
+    styles = method_styles(("real", "synthetic")).values()
+    for (name, values), style in zip(named.items(), styles, strict=True):
         weights = np.full(len(values), 100 / len(values))
-        ax.hist(values.numpy(), bins, weights=weights, color=colour, alpha=0.6, label=name)
+        ax.hist(values.numpy(), bins, weights=weights, color=style["color"], alpha=0.6, label=name)
     ax.axvline(threshold, color=LINES, ls="--", linewidth=1.2, label="5 % of the held-out pairs are nearer")
     ax.set(xlim=(0, None), xlabel="share of voxels that differ from the nearest training pair", ylabel="% of the pairs")
     legend_below(figure, columns=3)
@@ -138,16 +135,59 @@ def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
     """
     figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.6))
     end = 1e-6
-    for (method, values), (colour, marker) in zip(errors.items(), method_styles(errors), strict=True):
+    styles = method_styles(errors)
+    for method, values in errors.items():
         mm = values.double().numpy(force=True)
         median, end = np.median(mm), max(end, np.quantile(mm, 0.99))
-        ax.ecdf(mm, color=colour)
-        ax.plot(median, 0.5, marker, ms=8, color=colour, label=f"{method}: median {median:.1f} mm", zorder=3)
+        ax.ecdf(mm, color=styles[method]["color"], linestyle=styles[method]["linestyle"])
+        ax.plot(median, 0.5, **styles[method], ms=8, label=f"{method}: median {median:.1f} mm", zorder=3)
     ax.axhline(0.5, color=LINES, linewidth=0.8, linestyle="--", zorder=0)
     ax.set(xlim=(0, end), ylim=(0, 1), xlabel="target registration error, mm", ylabel="% of the landmarks within")
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     ax.grid()
     ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
+    return figure
+
+
+def mean_interval(values: torch.Tensor, count: int | None = None) -> list[float]:
+    """A bootstrap's 95 % interval of the mean of float (N,): both ends.
+
+    It draws ``count`` of the values (as many as there are) with replacement, 10,000 times, from seed 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(values), (10_000, count or len(values)), generator=generator)
+    means = values.double().cpu()[drawn].mean(1)
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def cases_figure(
+    rows: Mapping[str, torch.Tensor],
+    xlabel: str = "target registration error, mm",
+    labels: Mapping[str, str] | None = None,
+) -> Figure:
+    """Every case of each method as a dot, and below the dots their mean (diamond) with its :func:`mean_interval`.
+
+    Args:
+        rows: by method, one value per case, float (N,); N may differ. For colours see ``style.method_styles``.
+        xlabel: what the values are, and their unit.
+        labels: what stands beside a row, if it is not the method's name.
+
+    The axis starts at 0 if the lowest value is below a quarter of the highest, and else where the data are.
+    """
+    figure, [[ax]] = closed_figure(1, 1, (PLOT, 0.43 * len(rows) + 0.7))
+    for height, (method, style) in enumerate(method_styles(rows).items()):
+        values, colour = rows[method].double().cpu(), style["color"]
+        dots = style | {"marker": "o", "markersize": 4, "linestyle": "none", "alpha": 0.5, "markeredgewidth": 1}
+        ax.plot(values, [height - 0.12] * len(values), **dots)
+        ax.plot(mean_interval(values), [height + 0.2] * 2, color=colour)
+        ax.plot(values.mean(), height + 0.2, **style | {"marker": "D", "markersize": 5})
+    ax.set_yticks(range(len(rows)), [(labels or {}).get(method, method) for method in rows])
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    every = torch.cat([values.double().cpu() for values in rows.values()])
+    if 0 <= every.min() < every.max() / 4:
+        ax.set_xlim(0, None)
+    ax.grid(axis="x")
+    ax.tick_params(axis="y", length=0)
     return figure
 
 
@@ -157,8 +197,8 @@ def steps_figure(
     """What sampling in few steps costs: one panel per measure, one line per method.
 
     Args:
-        panels: by measure, then by method, the value at each number of steps. The order of the methods decides their
-            colours and markers, and all panels have the same ones.
+        panels: by measure, then by method, the value at each number of steps. For colours and markers see
+            ``style.method_styles``; all panels have the same ones.
         references: by measure, the name and value of a dashed line.
     """
     columns = min(2, len(panels))
@@ -167,10 +207,11 @@ def steps_figure(
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     seen: set[int] = set()
+    styles = method_styles(dict.fromkeys(method for methods in panels.values() for method in methods))
     for ax, (measure, methods) in zip(axes.flat, panels.items(), strict=False):
-        for (method, values), (colour, marker) in zip(methods.items(), cycle(METHODS), strict=False):
+        for method, values in methods.items():
             seen |= set(values)
-            ax.plot(list(values), list(values.values()), marker=marker, color=colour, label=method, clip_on=False)
+            ax.plot(list(values), list(values.values()), **styles[method], label=method, clip_on=False)
         if references and measure in references:
             name, value = references[measure]
             ax.axhline(value, color=LINES, linewidth=1, linestyle="--", label=name)

@@ -8,24 +8,23 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, hsv_to_rgb, to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 
 from pairdiff_core import fields
 from pairdiff_core.pairs import PairSet
 from pairdiff_figures import style
-from pairdiff_figures.style import FIXED, GREY, MASKED, MOVING, VERMILION
+from pairdiff_figures.style import FIXED, GREY, MASKED, MOVING
 
 
-def _sides(image: np.ndarray, pairs: PairSet) -> str:
+def sides(image: np.ndarray, pairs: PairSet) -> str:
     """Letters for the patient's sides, from left to right, according to the labels named Left- and Right-.
 
     Without such labels, left is at low indices of array axis 0: the data sets are loaded that way.
     """
-    sides = (np.array([name.startswith(side) for name in pairs.label_names]) for side in ("Left-", "Right-"))
-    left, right = (np.nonzero(side[image])[0] for side in sides)
+    both = (np.array([name.startswith(side) for name in pairs.label_names]) for side in ("Left-", "Right-"))
+    left, right = (np.nonzero(side[image])[0] for side in both)
     return "RL" if left.size and right.size and left.mean() > right.mean() else "LR"
 
 
@@ -37,8 +36,8 @@ def show_labels(
     ``marks`` adds a scale bar and the patient's sides; one image in a row is enough.
     """
     array = image.numpy(force=True)
-    sides = _sides(array, pairs) if marks else ""
-    style.show_image(ax, style.structure_colours(pairs)[array], pairs.spacing, title, colour, sides)
+    letters = sides(array, pairs) if marks else ""
+    style.show_image(ax, style.structure_colours(pairs)[array], pairs.spacing, title, colour, letters)
 
 
 def show_overlap(
@@ -50,7 +49,7 @@ def show_overlap(
     """
     a, b = fixed.numpy(force=True), moving.numpy(force=True)
     ground = np.where(((a == b) & (a > 0))[..., None], np.full(3, 0.88), 1.0)
-    style.show_image(ax, ground, pairs.spacing, title, letters=_sides(a, pairs) if marks else "")
+    style.show_image(ax, ground, pairs.spacing, title, letters=sides(a, pairs) if marks else "")
     for image, colour in ((a, FIXED), (b, MOVING)):
         padded = np.pad(image, 1)  # closes the outline of a structure that the edge of the image cuts
         x, y = (np.arange(-1, size + 1) for size in image.shape)
@@ -61,7 +60,7 @@ def show_overlap(
 def show_grid(ax: Axes, displacement: torch.Tensor, pairs: PairSet, title: str = "") -> None:
     """Draw a regular grid of the fixed image where the displacement takes it in the moving image: x + u(x).
 
-    The displacement is float (2, H, W), voxels, fixed to moving. A dot marks where the map folds.
+    The displacement is float (2, H, W), voxels, fixed to moving. A black dot marks where the map folds.
     """
     u = displacement.detach().cpu()
     style.show_image(ax, np.ones((*u.shape[1:], 3)), pairs.spacing, title)
@@ -140,24 +139,15 @@ def registration_figure(pairs: PairSet, displacement: torch.Tensor, index: int =
     return figure
 
 
-def jacobian_figure(pairs: PairSet, displacements: Mapping[str, torch.Tensor], index: int = 0) -> Figure:
-    """How much larger or smaller each spot of one fixed image becomes, in one panel for each named method.
-
-    Displacements are float (N, 2, H, W), voxels, fixed to moving. Colour shows the Jacobian determinant on a
-    logarithmic scale, from a quarter to four times the area; vermilion marks where the map folds.
-    """
+def labels_gallery_figure(labels: torch.Tensor, pairs: PairSet, columns: int = 6) -> Figure:
+    """A closed figure of many label maps, uint8 (N, H, W), such as ``pairs.fixed[:24]``, in the order given."""
     width, height = style.field_of_view(pairs)
-    figure, axes = style.image_figure([width] * len(displacements), [height])
-    colours = colormaps["PuOr"].with_extremes(bad=VERMILION)
-    for column, (ax, (name, displacement)) in enumerate(zip(axes[0], displacements.items(), strict=True)):
-        areas = fields.jacobian_determinant(displacement[index, None].detach().cpu())[0].numpy()
-        logarithm = np.log2(np.where(areas > 0, areas, np.nan))
-        letters = "" if column else _sides(pairs.fixed[index].numpy(), pairs)
-        shown = style.show_image(
-            ax, logarithm, pairs.spacing, name, letters=letters, cmap=colours, norm=Normalize(-2, 2)
-        )
-    bar = figure.colorbar(shown, ax=list(axes[0]), shrink=0.8, label="area in moving / area in fixed")
-    bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+    figure, axes = style.image_figure([width] * columns, [height] * -(-len(labels) // columns), gap=0.1)
+    for ax in axes.flat[len(labels) :]:
+        ax.set_axis_off()
+    for number, (ax, image) in enumerate(zip(axes.flat, labels, strict=False)):
+        show_labels(ax, image, pairs, marks=number == 0)
+    _structure_legend(figure, pairs, labels)
     return figure
 
 

@@ -1,6 +1,7 @@
 """What all figures share: colours, matplotlib's defaults, closed figures, legends, and images to scale."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -9,6 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
@@ -25,8 +27,47 @@ from pairdiff_core.pairs import PairSet
 # Okabe & Ito (2008): eight colours that people with any colour vision can distinguish
 FIXED, MOVING = "#0072B2", "#E69F00"
 GREEN, VERMILION, PURPLE, SKY, GREY = "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7F7F7F"
-METHODS = ((GREY, "o"), (PURPLE, "s"), (GREEN, "D"), (VERMILION, "^"), (SKY, "v"), ("#000000", "P"))
-NAMED = dict(zip(("before", "baseline", "real", "synthetic"), METHODS, strict=False))
+FOLDED = BLACK = "#000000"  # vermilion would be mistaken for moving's orange
+WINE, OLIVE = "#882255", "#999933"  # of Tol's "muted" scheme
+METHODS = ((GREY, "o"), (PURPLE, "s"), (GREEN, "D"), (VERMILION, "^"), (SKY, "v"), (BLACK, "P"))
+FREE = (*METHODS, (WINE, "X"), (OLIVE, "<"))  # colour and marker of methods that are not NAMED
+INSTANCE = " + instance"  # ends the name of a network's result after instance optimisation
+
+# Colour, marker and line of what the book compares: each has the same ones in every figure.
+NAMED = {
+    "before": (GREY, "o", "-"),
+    "before registration": (GREY, "o", "-"),
+    "baseline": (PURPLE, "s", "-"),
+    "one level only": (PURPLE, "<", ":"),
+    "baseline + full size": (PURPLE, "X", "-."),
+    "baseline, full size": (PURPLE, "X", "-."),
+    "untrained": (OLIVE, "p", "-"),
+    "best shift": (SKY, "v", "-"),
+    "best affine map": (BLACK, "P", "-"),
+    # networks, by their training pairs; "real" and "synthetic" are also sets of pairs
+    "real": (GREEN, "D", "-"),
+    "real, warped": (BLACK, "P", "-"),
+    "real, motion": (SKY, "v", "-"),
+    "synthetic": (VERMILION, "^", "-"),
+    "synthetic, warped": (OLIVE, "<", "-"),
+    "synthetic, motion": (WINE, "X", "-"),
+    # sets of pairs
+    "original": (GREEN, "D", "-"),
+    "unseen": (GREEN, "D", "-"),
+    "unseen people": (GREEN, "D", "-"),
+    "reconstructed": (SKY, "v", "-"),
+    "trained on": (BLACK, "P", "-"),
+    "training people": (BLACK, "P", "-"),
+    # samplers
+    "tokens": (GREEN, "o", "-"),
+    "DDIM": (PURPLE, "s", "-"),
+    "rectified flow": (SKY, "v", "-"),
+    "GAN": (WINE, "X", "-"),
+    "student": (BLACK, "D", "-"),
+    "student, Jensen-Shannon": (BLACK, "D", "-"),
+    "student, reverse KL": (VERMILION, "^", "-"),
+    "student, forward KL": (GREY, "P", "-"),
+}
 LINES = "#333333"
 MASKED = "#B8B8B8"
 
@@ -61,7 +102,15 @@ LETTERS_AT = {2: ((0.03, 0.98), (0.97, 0.98)), 4: ((0.02, 0.5), (0.98, 0.5), (0.
 
 
 def use_style() -> None:
-    """Set matplotlib's defaults to the book's style; call it once at the top of a notebook."""
+    """Set matplotlib's defaults to the book's style; call it once at the top of a notebook.
+
+    If the environment variable PAIRDIFF_RETINA is set, a notebook stores its figures with twice the pixels at the same
+    size, for screens of high density; players stay as they are.
+    """
+    if os.environ.get("PAIRDIFF_RETINA") and get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats  # would otherwise set up a shell
+
+        set_matplotlib_formats("retina")
     sizes = {"font.size": 11, "axes.titlesize": 11}
     sizes |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 10)
     lines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
@@ -72,11 +121,23 @@ def use_style() -> None:
     plt.rcParams.update(sizes | lines | images | layout)
 
 
-def method_styles(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Colour and marker of each method; those of NAMED always have the same, the others take what is left, in order."""
-    names = list(names)
-    spare = cycle([style for style in METHODS if style not in [NAMED[name] for name in names if name in NAMED]])
-    return [NAMED[name] if name in NAMED else next(spare) for name in names]
+def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How ``ax.plot`` draws each method: "color", "marker", "linestyle" and so on, by name.
+
+    Those of NAMED look the same in every figure; the others take colours of FREE that no method here has, in order. A
+    name that ends with INSTANCE has the colour and marker of its network, but the marker is open and the line dashed.
+    """
+    networks = {name: name.removesuffix(INSTANCE) for name in names}
+    taken = [NAMED[network][0] for network in networks.values() if network in NAMED]
+    spare = cycle([style for style in FREE if style[0] not in taken] or FREE)
+    known = {network: NAMED.get(network) or (*next(spare), "-") for network in dict.fromkeys(networks.values())}
+    styles = {}
+    for name, network in networks.items():
+        colour, marker, line = known[network]
+        styles[name] = {"color": colour, "marker": marker, "linestyle": line}
+        if name != network:
+            styles[name] |= {"linestyle": "--", "markerfacecolor": "white", "markeredgewidth": 1.5}
+    return styles
 
 
 def structure_of(label_name: str) -> str:
@@ -194,14 +255,14 @@ def show_image(
 
 
 def deformed_grid(ax: Axes, displacement: torch.Tensor, folded: torch.Tensor) -> None:
-    """Draw a regular grid moved by a displacement (2, across, along) in voxels, and a dot wherever it folded."""
+    """Draw a regular grid moved by a displacement (2, across, along) in voxels, and a black dot wherever it folded."""
     grid = (fields.identity_grid(displacement.shape[1:]) + displacement).numpy()
     step = max(1, round(max(folded.shape) / 32))  # about 32 lines along the longer side
     first = step // 2
     lines = [*grid[:, first::step].transpose(1, 2, 0), *grid[:, :, first::step].transpose(2, 1, 0)]  # (K, 2)
     ax.add_collection(LineCollection(lines, colors=FIXED, linewidths=0.7))
     if folded.any():
-        ax.scatter(*grid[:, folded.numpy()], s=4, color=VERMILION, zorder=3, label="folded")
+        ax.scatter(*grid[:, folded.numpy()], s=4, color=FOLDED, zorder=3, label="folded")
         ax.legend(loc="lower right", frameon=True, framealpha=1, handletextpad=0.1, borderpad=0.2)
 
 

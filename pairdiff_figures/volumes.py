@@ -213,8 +213,8 @@ def projections_figure(
 def displacement_figure(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -> Figure:
     """A displacement in the middle slice: the vessels of the fixed image, its grid taken to moving, and |u| in mm.
 
-    The displacement is float (3, H, W, D), voxels, fixed to moving. The grid shows it within the plane only; a dot
-    marks where the map folds, in any direction.
+    The displacement is float (3, H, W, D), voxels, fixed to moving. The grid shows it within the plane only; a black
+    dot marks where the map folds, in any direction.
     """
     middle = pairs.spatial[1] // 2
     slab = displacement[:, :, middle - 1 : middle + 2].detach().cpu().float()  # derivatives need the neighbours
