@@ -2,8 +2,10 @@
 
 import base64
 import io
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 
@@ -25,7 +27,7 @@ import pairdiff_figures as figures
 from pairdiff_core import fields, metrics
 from pairdiff_core.pairs import PairSet
 from pairdiff_figures import animations, slices, style, volumes
-from pairdiff_figures.style import FIXED, LINES, MASKED, METHODS, MOVING, STRUCTURES
+from pairdiff_figures.style import FIXED, LINES, MASKED, METHODS, MOVING, STRUCTURES, VERMILION
 
 NAMES = ("Unknown", "Left-Thalamus", "Right-Thalamus", "Brain-Stem", "something else")
 SPATIAL, SPACING = (20, 12, 16), (2.0, 3.0, 1.0)
@@ -119,6 +121,53 @@ def test_left_and_right_share_a_colour_and_unknown_names_get_one() -> None:
     own = replace(blocks(), label_colours=((0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3), (255, 0, 51)))
     assert style.structure_colours(own)[4].tolist() == [1.0, 0.0, 0.2]
     assert (style.structure_colours(own)[:4] == colours[:4]).all()
+
+
+RESULTS = Path(__file__).parents[1] / "book/results"
+
+
+@pytest.mark.parametrize("file", ["brain2d", "lung250m"])
+def test_measured_methods_look_the_same_in_every_figure_and_differ_from_each_other(file: str) -> None:
+    names = [row["method"] for row in json.loads((RESULTS / f"{file}.json").read_text())["registration"]]
+    together = style.method_styles([*names, "a reader's own"])
+    assert all(figures.method_styles([name]) == {name: together[name]} for name in names)
+    assert len({tuple(map(str, look.values())) for look in together.values()}) == len(together)
+    own = [look["color"] for name, look in together.items() if "instance" not in name and "full size" not in name]
+    assert len(set(own)) == len(own) and not {FIXED, MOVING} & {colour.upper() for colour in own}
+
+
+def test_samplers_look_the_same_in_every_figure() -> None:
+    few = set(json.loads((RESULTS / "continuous.json").read_text())["few_steps"]) - {"unseen people"}
+    assert few <= set(style.NAMED)
+    students = [f"student, {name}" for name in ("reverse KL", "forward KL", "Jensen-Shannon")]
+    for methods in (few, ["DDIM", "rectified flow", "GAN", *students]):
+        colours = [look["color"] for look in figures.method_styles(methods).values()]
+        assert len(set(colours)) == len(colours)
+
+
+def test_after_instance_optimisation_a_network_keeps_its_colour_with_an_open_marker() -> None:
+    looks = style.method_styles(["mine + instance", "real", "mine", "real + instance"])
+    for network in ("mine", "real"):
+        alone, better = looks[network], looks[f"{network} + instance"]
+        assert alone["color"] == better["color"] and alone["marker"] == better["marker"]
+        assert (alone["linestyle"], better["linestyle"], better["markerfacecolor"]) == ("-", "--", "white")
+    assert looks["mine"]["color"] != looks["real"]["color"]
+    assert len(style.method_styles([*style.NAMED, *map(str, range(20))])) == len(style.NAMED) + 20
+
+
+def test_retina_is_for_notebooks_that_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats: list[str] = []
+    monkeypatch.setattr("matplotlib_inline.backend_inline.set_matplotlib_formats", formats.append)
+
+    def asked(variable: str, shell: object) -> list[str]:
+        monkeypatch.setenv("PAIRDIFF_RETINA", variable)
+        monkeypatch.setattr(style, "get_ipython", lambda: shell)
+        with plt.rc_context():
+            figures.use_style()
+        return formats
+
+    assert asked("", object()) == asked("1", None) == []
+    assert asked("1", object()) == ["retina"]
 
 
 @pytest.mark.parametrize("make", [lambda: figures.pair_figure(blocks()), lambda: figures.volume_pair_figure(vessels())])
@@ -226,8 +275,55 @@ def test_jacobian_figure_shows_area_on_a_logarithmic_scale_and_folds() -> None:
     figure = figures.jacobian_figure(blocks(), {"stretched": twice, "folded": -2 * twice})
     assert titles(figure)[:2] == ["stretched", "folded"]
     areas, folded = (ax.images[0].get_array() for ax in figure.axes[:2])
+    assert to_hex(figure.axes[0].images[0].get_cmap().get_bad()) == "#000000"
     assert areas.min() == areas.max() == 1 and np.ma.getmaskarray(np.ma.masked_invalid(folded)).all()
     assert [tick.get_text() for tick in figure.axes[-1].get_yticklabels()] == ["1/4", "1/2", "1", "2", "4"]
+
+
+def test_jacobian_figure_of_volumes_shows_the_middle_coronal_slice() -> None:
+    across = torch.zeros(2, 3, *SPATIAL)
+    across[:, 1] = torch.arange(12.0)[None, :, None]  # doubles lengths along axis 1, which the slice cannot show
+    figure = figures.jacobian_figure(vessels(), {"stretched": across})
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape == (16, 20) and (shown == 1).all()
+    assert figure.axes[0].get_ylim() == (-0.5, 15.5) and letters(figure.axes[0])[:4] == list("RLHF")
+    assert figure.get_suptitle() == "coronal, 20 mm from the front"
+    assert figure.axes[-1].get_ylabel() == "volume in moving / volume in fixed"
+
+
+def test_error_maps_have_one_scale_in_millimetres() -> None:
+    small = torch.zeros(40, 30)
+    small[39, 0] = 2.0
+    figure = figures.error_maps_figure({"a": small, "b": 3 * small}, blocks())
+    a, b = (ax.images[0] for ax in figure.axes[:2])
+    assert a.get_array()[0, 39] == 2 and a.get_clim() == b.get_clim() == (0, 6)
+    assert titles(figure)[:2] == ["a", "b"] and letters(figure.axes[0])[:2] == ["R", "L"]
+    assert "mm" in figure.axes[-1].get_ylabel()
+
+
+def test_error_maps_of_volumes_show_the_largest_from_front_to_back() -> None:
+    errors = torch.full(SPATIAL, torch.nan)
+    errors[3, 4, 15], errors[3, 9, 15] = 5.0, 7.0
+    for lengths in (errors, errors.nan_to_num(0).amax(1)):
+        (ax, _) = figures.error_maps_figure({"a": lengths}, vessels()).axes
+        assert ax.images[0].get_array()[15, 3] == 7 and ax.images[0].get_clim() == (0, 7)
+        assert ax.get_ylim() == (-0.5, 15.5) and ax.get_aspect() == 0.5
+
+
+def test_gallery_of_label_maps_shows_all_in_their_order() -> None:
+    pairs = blocks()
+    figure = figures.labels_gallery_figure(pairs.labels.flatten(0, 1)[:3], pairs, columns=2)
+    for ax, image in zip(figure.axes[:3], pairs.labels.flatten(0, 1), strict=False):
+        assert (shown(ax) == style.structure_colours(pairs)[image.numpy()]).all()
+    assert not figure.axes[3].axison and letters(figure.axes[0])[:2] == ["R", "L"] and not letters(figure.axes[1])
+    assert legend(figure) == ["Thalamus", "Brain Stem"]
+
+
+def test_folds_are_not_marked_in_a_colour_like_that_of_the_moving_image() -> None:
+    u = torch.zeros(2, 2, 40, 30)
+    u[:, 0] = -2.0 * torch.arange(40.0)[:, None]
+    grid = figures.registration_figure(blocks(), u).axes[5]
+    assert to_hex(grid.collections[1].get_facecolor()[0]).upper() not in (VERMILION, MOVING)
 
 
 @pytest.mark.parametrize("spatial", [(80, 96), (160, 192)])
@@ -436,6 +532,39 @@ def test_dice_figure_averages_sides_and_leaves_out_what_is_absent() -> None:
     assert legend(figure) == ["before", "real"]
 
 
+def test_dice_figure_starts_at_the_tenth_below_the_data() -> None:
+    (ax,) = figures.dice_figure({"a": torch.tensor([0.43, 0.71]), "b": torch.tensor([0.5, torch.nan])}, "012").axes
+    assert ax.get_xlim() == pytest.approx((0.4, 0.8))
+    (ax,) = figures.dice_figure({"a": torch.ones(1)}, "01").axes
+    assert ax.get_xlim()[1] >= 1 and all(not line.get_clip_on() for line in ax.lines[:1])
+    (ax,) = figures.dice_figure({"a": torch.tensor([torch.nan])}, "01").axes
+    assert ax.get_xlim() == (0, 1)
+
+
+def test_mean_interval_shrinks_with_the_root_of_the_number() -> None:
+    values = torch.tensor([0.0, 1.0] * 50)
+    low, high = figures.mean_interval(values)
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.01)
+    assert figures.mean_interval(values) == [low, high]
+    few = figures.mean_interval(values, 25)
+    assert few[1] - few[0] == pytest.approx(2 * (high - low), rel=0.15)
+
+
+def test_cases_figure_shows_each_case_and_the_interval_of_the_mean() -> None:
+    rows = {"real": torch.tensor([1.0, 3.0, 8.0]), "real + instance": torch.tensor([1.0, 2.0])}
+    (ax,) = figures.cases_figure(rows, "error, mm", labels={"real": "first"}).axes
+    dots, interval, mean = ax.lines[:3]
+    assert dots.get_xdata().tolist() == [1, 3, 8] and dots.get_alpha() < 1
+    assert list(interval.get_xdata()) == figures.mean_interval(rows["real"])
+    assert (list(mean.get_xdata()), mean.get_marker()) == ([4], "D")
+    assert {line.get_color().upper() for line in ax.lines} == {METHODS[2][0]}
+    assert ax.lines[3].get_markerfacecolor() == "white"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "real + instance"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the first method is on top"
+    assert ax.get_xlim()[0] == 0 and ax.get_xlabel() == "error, mm"
+    assert figures.cases_figure({"real": torch.tensor([0.7, 0.8])}).axes[0].get_xlim()[0] > 0.6
+
+
 def test_area_figure_is_relative_to_the_real_mean() -> None:
     half = blocks().labels.clone()
     half[:, :, :, 10:15] = 0  # of the thalami
@@ -515,7 +644,9 @@ def test_players_need_nothing_from_elsewhere_and_do_not_clash(unmasking: str, wa
         assert [title for title, _ in buttons][::4] == ["Decrease speed", "Pause", "Increase speed"]
         assert [symbol for _, symbol in buttons][::4] == ["&minus;", "||", "+"]
         assert len(buttons) == 9 and all(symbol and "<" not in symbol for _, symbol in buttons)
-        assert 'alt="' in page
+        alt = re.search('<img [^>]*alt="([^"]+)"', page)[1]
+        assert f'type="range" aria-label="Frame: {alt}"' in page
+        assert page.count('<button title="') == len(re.findall('<button title="([^"]+)" aria-label="\\1"', page))
         assert len(page) < 250_000
         ids += set(re.findall(r'id="([^"]+)"', page))
     assert len(ids) == len(set(ids)) > 0
@@ -527,6 +658,16 @@ def test_unmasking_uncovers(unmasking: str) -> None:
     covered = [share(frame, MASKED, 4) for frame in frames]
     assert covered[0] > 0.5 and covered[-1] < 0.02
     assert all(later <= earlier + 1e-3 for earlier, later in zip(covered, covered[1:], strict=False))
+
+
+def test_players_wait_at_a_telling_frame(warping: str) -> None:
+    assert ".set_frame(5);" in warping  # of 11: half-way
+
+
+def test_texts_of_a_player_are_escaped() -> None:
+    figure, [[ax]] = figures.closed_figure(1, 1, (1, 1))
+    page = figures.player(figure, lambda frame: ax.set_title(str(frame)), 2, 'a "b" < c').data
+    assert page.count("a &quot;b&quot; &lt; c") == 2
 
 
 def test_warping_ends_at_the_fixed_image(warping: str) -> None:
@@ -547,7 +688,9 @@ def test_rotation_turns_an_image_once() -> None:
     """A ball at one side is in the middle after a quarter turn, and at the other side after half a turn."""
     from_centre = fields.identity_grid((24, 16, 20)) - torch.tensor([4.0, 7.5, 9.5]).reshape(3, 1, 1, 1)
     ball = (from_centre.norm(dim=0) < 3).byte()
-    frames = frames_of(figures.rotation_animation({"ball": ball}, 2.0).data)
+    page = figures.rotation_animation({"ball": ball}, 2.0).data
+    assert f".set_frame({animations.TURNS // 8});" in page
+    frames = frames_of(page)
     assert len(frames) == animations.TURNS
     dark = [frame.min(2)[40:-20, 20:-20] < 240 for frame in frames]  # without title and frame
     columns = [np.nonzero(where)[1].mean() / where.shape[1] for where in dark]
@@ -615,20 +758,20 @@ def test_grey_images_are_drawn_as_they_are_under_their_names():
     assert not axes[1, 1].images and not axes[1, 1].axison
 
 
-def test_the_landscape_shows_each_work_once_below_its_task_and_beside_its_equations():
+def test_the_landscape_shows_each_work_once_below_its_task_and_its_equations():
     works = [
         ("tokens", "pairs", "ours", True),
         ("noise", "pairs", "theirs", False),
         ("noise", "copies", "other", False),
     ]
     (ax,) = figures.landscape_figure([*works, ("noise", "copies", "more", False)]).axes
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["pairs", "copies"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["tokens", "noise"]
     at = {text.get_text(): (*text.get_position(), to_hex(text.get_color())) for text in ax.texts}
-    assert set(at) == {"tokens", "noise", "ours", "theirs", "other", "more"}
+    assert set(at) == {"pairs", "copies", "ours", "theirs", "other", "more"}
     assert at["ours"][2] == to_hex(style.GREEN) != at["theirs"][2]
-    assert int(at["theirs"][0]) == int(at["ours"][0]) == 0 and int(at["other"][0]) == 1
+    assert int(at["ours"][0]) == 0 and int(at["theirs"][0]) == int(at["other"][0]) == 1
     border = ax.lines[1].get_ydata()[0]  # between the two rows; y points down
-    assert at["ours"][1] < border < min(at[name][1] for name in ("theirs", "other", "more"))
+    assert max(at["ours"][1], at["theirs"][1]) < border < min(at["other"][1], at["more"][1])
     assert at["other"][1] < at["more"][1], "works of one cell are below each other"
 
 
