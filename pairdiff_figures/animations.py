@@ -138,7 +138,7 @@ def warp_animation(pairs: PairSet, displacement: torch.Tensor, index: int = 0) -
 def rotation_animation(images: Mapping[str, torch.Tensor], spacing_mm: float) -> HTML:
     """A player that turns named volumes uint8 (H, W, D) once around the body's axis D, drawn as lit surfaces.
 
-    It waits after an eighth of a turn, where depth can be seen.
+    It waits after a tenth of a turn, where depth can be seen.
     """
     figure, [axes] = closed_figure(1, len(images), (2.4 * len(images), 2.6))
 
@@ -151,7 +151,7 @@ def rotation_animation(images: Mapping[str, torch.Tensor], spacing_mm: float) ->
             volumes.show_from_the_front(ax, depth_maps(torch.from_numpy(turned)[None])[0], spacing_mm)
             ax.set_title(name)
 
-    return player(figure, draw, TURNS, "Vessels of lungs turn around the body's axis.", "loop", start=TURNS // 8)
+    return player(figure, draw, TURNS, "Vessels of lungs turn around the body's axis.", "loop", start=TURNS // 10)
 
 
 def slices_with_vessels(pairs: PairSet, index: int, number: int) -> list[int]:

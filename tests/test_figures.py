@@ -689,7 +689,7 @@ def test_rotation_turns_an_image_once() -> None:
     from_centre = fields.identity_grid((24, 16, 20)) - torch.tensor([4.0, 7.5, 9.5]).reshape(3, 1, 1, 1)
     ball = (from_centre.norm(dim=0) < 3).byte()
     page = figures.rotation_animation({"ball": ball}, 2.0).data
-    assert f".set_frame({animations.TURNS // 8});" in page
+    assert f".set_frame({animations.TURNS // 10});" in page
     frames = frames_of(page)
     assert len(frames) == animations.TURNS
     dark = [frame.min(2)[40:-20, 20:-20] < 240 for frame in frames]  # without title and frame
