@@ -106,7 +106,8 @@ def test_chapters_are_short_enough_to_read_at_once(chapter: Path) -> None:
 @pytest.mark.parametrize("chapter", BEYOND_TOKENS, ids=lambda path: path.stem)
 def test_chapters_beyond_tokens_have_at_most_3000_words_of_prose_and_code(chapter: Path) -> None:
     cells = jupytext.read(chapter).cells
-    text = " ".join(cell.source for cell in cells if "remove-input" not in cell.metadata.get("tags", ()))
+    unseen = {"remove-input", "remove-cell"}
+    text = " ".join(cell.source for cell in cells if not unseen & set(cell.metadata.get("tags", ())))
     words = sum(bool(re.search("[A-Za-z0-9]", word)) for word in text.split())
     assert words <= 3000, f"{words} words"
 
@@ -259,11 +260,28 @@ def test_math_and_widgets_are_served_from_beside_the_pages() -> None:
 
 # Buttons that lead to the repository.
 
-BUTTONS = ("mybinder.org", "colab.research.google.com", "/edit/main/", "btn-source-repository-button")
+ADDRESS = "https://github.com/someone/something"
+LAUNCHERS = ("https://mybinder.org/", "https://colab.research.google.com/")
 
 
-def build_small_book(folder: Path, address: str) -> str:
-    """Build a book of one page that holds a notebook, with this project's settings, and return that page."""
+class Links(HTMLParser):
+    """Collects where the links of a page lead."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.found.add(dict(attrs).get("href") or "")
+
+
+def build_small_book(folder: Path, address: str) -> dict[str, set[str]]:
+    """Build a front page and a chapter, both with a cell, by this project's settings; return the links of each.
+
+    Only the chapter has a notebook (.ipynb) beside its text.
+    """
     shutil.copytree(BOOK / "_extensions", folder / "book" / "_extensions")
     shutil.copytree(BOOK / "_static", folder / "book" / "_static", ignore=shutil.ignore_patterns("vendor"))
     shutil.copy(BOOK / "references.bib", folder / "book")
@@ -271,27 +289,45 @@ def build_small_book(folder: Path, address: str) -> str:
     config["repository"]["url"] = address
     config["execute"]["execute_notebooks"] = "off"
     (folder / "_config.yml").write_text(yaml.safe_dump(config))
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    pages = ("book/page", "notebooks/01_chapter")
+    (folder / "_toc.yml").write_text(f"format: jb-book\nroot: {pages[0]}\nchapters:\n- file: {pages[1]}\n")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell("# Page"))
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    jupytext.write(notebook, folder / "book" / "page.md", fmt="md:myst")
+    (folder / "notebooks").mkdir()
+    for page in pages:
+        jupytext.write(notebook, folder / f"{page}.md", fmt="md:myst")
+    nbformat.write(notebook, folder / f"{pages[1]}.ipynb")
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "."]
-    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
-    return (folder / "_build" / "html" / "book" / "page.html").read_text()
+    html = folder / "_build" / "html"
+    return {page: Links((html / f"{page}.html").read_text()).found for page in pages}
 
 
-def test_launch_buttons_are_absent_without_an_address(tmp_path: Path) -> None:
-    page = build_small_book(tmp_path, "")
-    assert not [button for button in BUTTONS if button in page]
+def test_without_an_address_no_page_links_to_the_repository_or_a_launcher(tmp_path: Path) -> None:
+    for page, links in build_small_book(tmp_path, "").items():
+        assert not [link for link in links if link.startswith((*LAUNCHERS, "https://github.com"))]
+        assert f"../_sources/{page}.md" in links, "the source is still offered"
 
 
-def test_launch_buttons_appear_with_an_address(tmp_path: Path) -> None:
-    page = build_small_book(tmp_path, "https://github.com/someone/something")
-    assert all(button in page for button in BUTTONS)
-    assert "https://mybinder.org/v2/gh/someone/something/main?urlpath=lab/tree/book/page.md" in page
-    assert "https://github.com/someone/something/edit/main/book/page.md" in page
+def test_with_an_address_all_buttons_lead_to_files_that_the_repository_has(tmp_path: Path) -> None:
+    made = build_small_book(tmp_path, ADDRESS)
+    launched = {
+        "https://mybinder.org/v2/gh/someone/something/main?urlpath=lab/tree/notebooks/01_chapter.ipynb",
+        "https://colab.research.google.com/github/someone/something/blob/main/notebooks/01_chapter.ipynb",
+    }
+    for page, links in made.items():
+        assert {link for link in links if link.startswith(LAUNCHERS)} == (launched if "chapter" in page else set())
+        issue = f"{ADDRESS}/issues/new?title=Issue%20on%20page%20%2F{page}.html&body=Your%20issue%20content%20here."
+        assert {link for link in links if link.startswith(ADDRESS)} == {
+            ADDRESS, f"{ADDRESS}/edit/main/{page}.md", issue
+        }  # fmt: skip
+        assert (tmp_path / f"{page}.md").is_file()  # what the link to edit it names
+        downloads = {link for link in links if link.startswith("../_sources/")}
+        assert downloads == {f"../_sources/{page}.md", f"../_sources/{page}.ipynb"}
+        for name in downloads:
+            assert (tmp_path / "_build" / "html" / "book" / name).resolve().is_file()
 
 
 @needs_html
@@ -299,6 +335,8 @@ def test_built_pages_have_launch_buttons_exactly_if_the_address_is_set() -> None
     for chapter in CHAPTERS:
         page = (HTML / "notebooks" / f"{chapter.stem}.html").read_text()
         assert ("mybinder.org" in page) == bool(CONFIG["repository"]["url"])
+    for page in (HTML / "book").glob("*.html"):
+        assert not [link for link in Links(page.read_text()).found if link.startswith(LAUNCHERS)], page.name
 
 
 # References.
