@@ -76,6 +76,7 @@ test-notebooks: $(INSTALLED) ## run every cell of the notebooks only
 
 # The text is the source; JupyterLab saves both files when you edit there. Committed outputs are always those of the quick profile on phantoms, whatever the caller's settings are.
 sync: $(INSTALLED) ## make the notebooks (.ipynb) of the chapters' text (.md), and run them in place
+	$(PYTHON) notebooks/colab.py $(CHAPTERS)
 	$(VENV)/bin/jupytext --to ipynb --update $(CHAPTERS)
 	@runs="$$(mktemp -d)"; trap 'rm -rf "$$runs"' EXIT; \
 	env -u PAIRDIFF_DATA -u PAIRDIFF_OASIS2D PAIRDIFF_PROFILE=quick PAIRDIFF_RUNS="$$runs" $(PYTHON) notebooks/execute.py $(NOTEBOOKS)
