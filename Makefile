@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PLATFORM_DIRS := 1
 # Threads that wait should not spin: two processes on two cores would otherwise slow each other several times over.
 export OMP_WAIT_POLICY ?= passive
-# Nor do two threads help with what is as small as quick: they take a third longer than one.
+# At `quick`, two threads are a third slower than one.
 ifeq ($(PAIRDIFF_PROFILE),quick)
 book test-notebooks sync: export OMP_NUM_THREADS ?= 1
 endif
@@ -42,7 +42,7 @@ help: ## list these commands
 
 setup: $(INSTALLED) ## install everything, pinned, into .venv (the other commands do so when it is needed)
 
-# Done again only when one of the files that decide it changes. Python compiles a module when it is first imported;
+# Reruns only if one of these files changes. Python compiles a module when it is first imported;
 # compiling all 13,000 here would take longer.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(BASE_PYTHON)" || { echo 'No Python found. Install Python 3.11, then run make again.' >&2; exit 1; }

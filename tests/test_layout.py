@@ -1,4 +1,4 @@
-"""Imports: the core and the other two packages import from lower floors only."""
+"""Imports: the core and the other two packages import from lower layers only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import pairdiff_core
 
 ROOT = Path(pairdiff_core.__file__).parent.parent
-FLOORS = (
+LAYERS = (
     {"__init__", "errors", "fields"},
     {"motion", "pairs", "profiles", "storage"},
     {"metrics", "training"},
@@ -23,14 +23,14 @@ FLOORS = (
 )
 METHOD = {"fields", "motion", "pairs", "profiles", "vqae", "absorbing", "registration", "augmentation", "metrics"}
 METHOD |= {"images"}
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 PACKAGES = ("pairdiff_core", "pairdiff_figures", "pairdiff_cli")
 FILES = {
     path.relative_to(ROOT).with_suffix("").parts: path for name in PACKAGES for path in (ROOT / name).rglob("*.py")
 }
 
 
-def room_of(module: tuple[str, ...]) -> str:
+def package_of(module: tuple[str, ...]) -> str:
     """The file or folder of the core, or the other package, that a module belongs to."""
     return module[1] if module[0] == "pairdiff_core" else module[0]
 
@@ -63,34 +63,34 @@ def module_of(parts: tuple[str, ...]) -> tuple[str, ...]:
 IMPORTS = {module: imported(path) for module, path in FILES.items()}
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(module) for module in FILES} == set(FLOOR)
+def test_every_package_has_a_layer():
+    assert {package_of(module) for module in FILES} == set(LAYER)
 
 
-@pytest.mark.parametrize("room", sorted(FLOOR))
-def test_imports_point_to_lower_floors_or_stay_in_their_room(room):
+@pytest.mark.parametrize("package", sorted(LAYER))
+def test_imports_point_to_lower_layers_or_stay_in_their_package(package):
     wrong = {
         f"{'.'.join(module)} imports {'.'.join(target)}"
         for module, targets in IMPORTS.items()
         for target in targets
-        if room_of(module) == room != room_of(target) and FLOOR[room_of(target)] >= FLOOR[room]
+        if package_of(module) == package != package_of(target) and LAYER[package_of(target)] >= LAYER[package]
     }
     assert not wrong
 
 
-def test_the_method_itself_knows_no_files():
+def test_the_method_does_not_depend_on_files():
     """The method can be used in other projects without run folders, pipeline and figures."""
-    wrong = {(module, target) for module in FILES if room_of(module) in METHOD for target in IMPORTS[module]
-             if room_of(target) in {"storage", "pipeline", "pairdiff_cli", "pairdiff_figures"}}  # fmt: skip
+    wrong = {(module, target) for module in FILES if package_of(module) in METHOD for target in IMPORTS[module]
+             if package_of(target) in {"storage", "pipeline", "pairdiff_cli", "pairdiff_figures"}}  # fmt: skip
     assert not wrong
 
 
-def test_no_circle_of_imports():
+def test_no_import_cycles():
     """This includes modules of the same folder."""
     done, open_ = set(), []
 
     def visit(module):
-        assert module not in open_, f"a circle: {[*open_[open_.index(module) :], module]}"
+        assert module not in open_, f"a cycle: {[*open_[open_.index(module) :], module]}"
         if module not in done:
             open_.append(module)
             for target in IMPORTS[module]:
@@ -101,13 +101,13 @@ def test_no_circle_of_imports():
         visit(module)
 
 
-def test_each_module_says_what_lives_there():
+def test_each_module_has_a_docstring():
     assert all((path.parent / "__init__.py").exists() for path in FILES.values())
     silent = [path.name for path in FILES.values() if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent
 
 
-def test_what_takes_seconds_to_import_waits_until_it_is_needed():
+def test_slow_imports_are_deferred():
     """So that a finished run, `pairdiff info` and wrong data get a quick answer."""
     code = "import sys, pairdiff_core.pipeline; print({'monai', 'lightning_fabric', 'matplotlib'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
