@@ -45,12 +45,12 @@ DATA = {
 }
 TRAINED_ON = {
     "registration-synthetic": "was trained on synthetic pairs only",
-    "registration-real-motion": "was trained on real pairs that also go along other people's breaths",
+    "registration-real-motion": "was trained on real pairs, also moved by other people's breathing",
 }
 IMAGE_MODELS = tuple(stage for stage in IMAGE_STAGES if stage != "latents")
 IMAGES = (
     "The folder also holds the networks of image diffusion, {}, which learned from T1-like and FLAIR-like images of "
-    "the same training subjects, drawn from their label maps. `book/results/continuous.json` has what they reach.\n\n"
+    "the same training subjects, drawn from their label maps. `book/results/continuous.json` has their results.\n\n"
 )
 COLUMNS = {"dice": "Dice", "tre_mm": "target registration error, mm", "folding_percent": "folding, % of the voxels"}
 ROWS = {"before": "before", "network": "network", "network_instance": "network and instance optimisation"}
