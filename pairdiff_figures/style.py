@@ -124,8 +124,8 @@ def use_style() -> None:
 def method_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How ``ax.plot`` draws each method: "color", "marker", "linestyle" and so on, by name.
 
-    Those of NAMED look the same in every figure; the others take colours of FREE that no method here has, in order. A
-    name that ends with INSTANCE has the colour and marker of its network, but the marker is open and the line dashed.
+    Those of NAMED look the same in every figure; the others take the remaining styles in order. A name that ends with
+    INSTANCE has the colour and marker of its network, but the marker is open and the line dashed.
     """
     networks = {name: name.removesuffix(INSTANCE) for name in names}
     taken = [NAMED[network][0] for network in networks.values() if network in NAMED]
