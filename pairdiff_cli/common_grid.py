@@ -68,7 +68,7 @@ def read_probabilities(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     if not np.isfinite(values).all() or values.min() < -TOLERANCE or values.max() > 1 + TOLERANCE:
         raise DataError(
             f"{path} holds values from {values.min():.4g} to {values.max():.4g}, not probabilities from 0 to 1. Save "
-            "probabilities, or give no --probabilities if these are labels."
+            "probabilities, or omit --probabilities if these are labels."
         )
     total = values.sum(3, keepdims=True)
     if total.max() > 1 + TOLERANCE:

@@ -100,7 +100,7 @@ def make_pairs(
     known, fixed = None, None
     if given is not None:
         if denoiser.model.given is None:
-            raise CheckpointError(f"the denoiser of {own.path} was trained without fixed images. Give no --given.")
+            raise CheckpointError(f"the denoiser of {own.path} was trained without fixed images. Omit --given.")
         fixed = read_given(given, work)
         known = encode_pairs(autoencoder.model, fixed.labels.expand(1, 2, *fixed.labels.shape))
         made_by |= {"given": str(given)}

@@ -43,7 +43,7 @@ def as_case(volumes: VolumePair, landmarks: tuple[Path, Path] | None = None) -> 
 
 
 def note_outside(volumes: VolumePair, pairs: PairSet, field: Field | None = None) -> list[str]:
-    """A line if landmarks of the fixed image lie outside the field; without a field, outside the pair's grid."""
+    """A note if landmarks of the fixed image lie outside the field; without a field, outside the pair's grid."""
     if pairs.landmarks is None:
         return []
     fixed, shape = pairs.landmarks[0][:, 0].numpy(), pairs.spatial

@@ -78,7 +78,7 @@ def pairs_of_csv(path: Path) -> list[PairFiles]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV file that can be read ({error}). Save it as UTF-8 text.") from error
+        raise DataError(f"{path} cannot be read as CSV ({error}). Save it as UTF-8 text.") from error
     if not rows or not {"fixed", "moving"} <= set(rows[0]):
         raise DataError(f"{path} needs the columns fixed and moving, in a header line, and at least one pair.")
     pairs = []

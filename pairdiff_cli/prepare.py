@@ -13,7 +13,9 @@ from pairdiff_core.profiles import OWN
 
 def prepare(
     fixed: Annotated[Path | None, typer.Argument(help="Folder of fixed label images.")] = None,
-    moving: Annotated[Path | None, typer.Argument(help="Folder of moving ones, matched in the order of names.")] = None,
+    moving: Annotated[
+        Path | None, typer.Argument(help="Folder of moving images, paired with the fixed ones by file-name order.")
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option(help="Instead of folders: a CSV file with columns fixed, moving and, if any, split.")
     ] = None,

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def run(
     stage: Annotated[
         Literal[(*STAGES, *IMAGE_STAGES, "all")],
-        typer.Argument(help="Run all stages of its kind up to this one. 'all' runs the first five and measures."),
+        typer.Argument(
+            help="Last stage to run; earlier ones run first if missing. 'all' runs the first five and measures."
+        ),
     ],
     dataset: Annotated[DatasetName | None, typer.Option(help="Data set to train on; required without --model.")] = None,
     # torchrun takes --run for one of its own options
@@ -86,7 +88,7 @@ def run(
         best_device()  # a run without its device or data is refused before its folder is made
         measured = pipeline.read_measured(work) if stage == "all" else None
         if measured and not quiet and distributed.rank() == 0:
-            typer.echo(f"{work.path} is finished: nothing was repeated")
+            typer.echo(f"{work.path} is already complete; nothing to do")
         if stage in IMAGE_STAGES:
             pipeline.new_kl_autoencoder(settings)  # refused for volumes
         first = IMAGE_STAGES[0] if stage in IMAGE_STAGES else STAGES[0]

@@ -86,7 +86,7 @@ class VolumePair:
                 trained_on = f"0 to {last}" if label_values in (None, (*range(last + 1),)) else _listed(values)
                 raise DataError(
                     f"{path} holds the label {self.values[label]}, but the network was trained on {trained_on}. Change "
-                    "the labels, or give no --run."
+                    "the labels, or omit --run."
                 )
             table = np.minimum(self.values, 1) if last == 1 else np.searchsorted(values, self.values)
         names = map(str, range(profile.num_labels if profile else len(table)))
@@ -94,12 +94,12 @@ class VolumePair:
         return PairSet(labels[None], tuple(names), self.spacing, ("~".join(path.name for path in self.paths),))
 
     def merged_by(self, profile: Profile) -> list[str]:
-        """A line if a network that was trained at this profile merges several labels into one."""
+        """A note if a network that was trained at this profile merges several labels into one."""
         if profile.num_labels > 2 or len(self.values) <= 2:
             return []
         return [
             f"the network was trained on one structure, so it merges the labels {_listed(self.values[1:])}. Dice is "
-            "still measured for each label. To register by all of them, give no --run."
+            "still measured for each label. To register by all of them, omit --run."
         ]
 
     def in_volume(self, displacement: torch.Tensor) -> np.ndarray:

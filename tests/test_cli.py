@@ -200,7 +200,7 @@ def test_expected_errors_are_one_line(files, tmp_path, monkeypatch, error, said)
 
 
 @pytest.mark.parametrize("command", cli.LESS_MEMORY)
-def test_advice_about_memory_names_options_that_there_are(command):
+def test_memory_advice_names_existing_options(command):
     for option in re.findall("--[a-z]+", cli.LESS_MEMORY[command]):
         assert f"{option} " in call(command, "--help").stdout
 
@@ -218,7 +218,7 @@ def test_a_mistake_in_the_program_is_not_hidden(files, tmp_path, monkeypatch):
     "command", ["info", "register fixed.nii.gz moving.nii.gz --out u.nii", "evaluate --dataset phantom2d",
                 "run vqae --dataset phantom2d --run new"],
 )  # fmt: skip
-def test_a_device_that_there_is_not(small, files, tmp_path, monkeypatch, command):
+def test_missing_device(small, files, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PAIRDIFF_DEVICE", "gpu")
     fails(call(*command.split()), "PAIRDIFF_DEVICE is 'gpu', but the devices are cpu and cuda")
@@ -318,7 +318,7 @@ def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeyp
             patched.setattr(module, name, None)
         again = works(call(*command))
         relative = works(call(*command[:-1], os.path.relpath(folder)))
-    assert again.stdout == f"{folder} is finished: nothing was repeated\n{first.stdout}" and not again.stderr
+    assert again.stdout == f"{folder} is already complete; nothing to do\n{first.stdout}" and not again.stderr
     assert relative.stdout.count("\n") == again.stdout.count("\n")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     spoilt = bytearray(before[folder / "vqae.safetensors"])
@@ -326,7 +326,7 @@ def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeyp
     (folder / "vqae.safetensors").write_bytes(spoilt)
     fails(call(*command), "vqae.safetensors is damaged")
     (folder / "vqae.safetensors").write_bytes(before[folder / "vqae.safetensors"])
-    assert "is finished" in works(call(*command)).stdout
+    assert "is already complete" in works(call(*command)).stdout
     fails(call(*command, "--pairs", 9), "synthesis.safetensors was made with other settings")
     (folder / "metrics.json").unlink()
     assert "vqae: found in run, not trained again" in works(call(*command)).stdout
@@ -336,7 +336,7 @@ def test_a_finished_run_is_not_done_again(small, oasis_folder, tmp_path, monkeyp
     )
     os.utime(next(oasis_folder.rglob("slice_seg4.nii.gz")), (0, 0))
     assert "vqae: found in run" in works(call(*command)).stdout, "data may have changed: they are read again"
-    assert "is finished" in works(call(*command)).stdout
+    assert "is already complete" in works(call(*command)).stdout
     monkeypatch.setattr(measure, "code_hash", lambda: "other code")
     assert "vqae: found in run" in works(call(*command)).stdout
 
@@ -684,7 +684,7 @@ TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.int32, np.int64, np.float32,
     seed=st.integers(0, 9999),
     network=st.booleans(),
 )
-def test_register_copes_with_any_volume(trained_3d, tmp_path, grid, dtypes, values, seed, network):
+def test_register_handles_any_volume(trained_3d, tmp_path, grid, dtypes, values, seed, network):
     """It writes a finite field and warped labels that fit, or one line that says why not, and then no files."""
     (shape, affine), random = grid, np.random.default_rng(seed)
     images = [random.choice([0, *values], shape).astype(dtype) for dtype in dtypes]
@@ -942,7 +942,7 @@ def test_bad_evaluations(small, tmp_path, trained_3d):
     assert older.read_text() == "older"
 
 
-def test_a_profile_from_the_environment_that_there_is_not_is_wrong_use(no_data_set, monkeypatch):
+def test_unknown_profile_in_the_environment_is_wrong_use(no_data_set, monkeypatch):
     monkeypatch.setenv("PAIRDIFF_PROFILE", "huge")
     fails(call("evaluate", "--dataset", "phantom2d"), "PAIRDIFF_PROFILE", code=2)
 
@@ -955,7 +955,7 @@ def test_a_profile_from_the_environment_that_there_is_not_is_wrong_use(no_data_s
     flips=st.tuples(*[st.sampled_from([-1, 1])] * 3),
     same=st.booleans(),
 )
-def test_evaluate_copes_with_any_volume(small, tmp_path, shapes, dtype, spacing, flips, same):
+def test_evaluate_handles_any_volume(small, tmp_path, shapes, dtype, spacing, flips, same):
     """It writes a file of finite numbers, or one line that says why not, and then keeps the older file."""
     folder, file = tmp_path / "lung250m", tmp_path / "e.json"
     affine = np.diag([*(np.array(flips) * spacing), 1.0])
