@@ -41,7 +41,7 @@ class Row(NamedTuple):
         return self.ours >= self.target if self.more_is_better else self.ours <= self.target
 
     def described(self) -> dict[str, Any]:
-        """As ``bench.json`` holds it."""
+        """The row as it is stored in ``bench.json``."""
         return {**self._asdict(), "ratio": self.ratio, "reached": self.reached}
 
 

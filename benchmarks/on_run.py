@@ -12,7 +12,7 @@ from pairdiff_core.storage import write_json
 
 
 def command(name: str, description: str, measure: Callable[[Run], dict[str, Any]]) -> None:
-    """Measure the run that the command line names, write the JSON file, and print "ours" beside "published"."""
+    """Measure the run that the command line names, write the JSON file, and print "ours" next to "published"."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.splitlines()[0])
     parser.add_argument("run", type=Path, help="finished run folder")
     parser.add_argument("--data", type=Path, help="folder of the real data")

@@ -241,7 +241,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def accuracy() -> Iterator[Row]:
-    """Accuracy of the measured run on real lungs (validation pairs), beside the best published number."""
+    """Accuracy of the measured run on real lungs (validation pairs), compared with the best published number."""
     rows = read("published")["validation"]["rows"]
     best = min(row["instance"] for row in rows)
     methods = {row["method"]: row for row in read("lung250m")["registration"]}

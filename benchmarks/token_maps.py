@@ -70,12 +70,12 @@ class TokenEmbedding(nn.Embedding):
     """Tokens int64 (N, *grid) as float (N, width, *grid), the layout of convolutions."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Embed the tokens."""
         return super().forward(tokens).movedim(-1, 1)  # (N, *grid, width) -> (N, width, *grid)
 
 
 class ResidualBlock(nn.Module):
-    """Adds two convolutions of a normalised grid to it."""
+    """Residual block of two normalised convolutions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def new_decoder(codes: int, width: int = 64) -> nn.Module:
 
 
 def train_decoder(tokens: torch.Tensor, labels: torch.Tensor, codes: int, path: Path) -> nn.Module:
-    """Learn it from tokens (N, *GRID) and pairs (N, 2, *spatial), on random patches with some tokens hidden."""
+    """Train the decoder on tokens (N, *GRID) and pairs (N, 2, *spatial), on random patches with some tokens hidden."""
     samples = Samples(len(tokens), 2, 0)
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +196,7 @@ def look(pairs: torch.Tensor) -> dict[str, float]:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """All parts; see the module."""
+    """Measure all parts that the module names."""
     folder, pairs = find_lung250m(run.data), run.train
     maps = read_token_maps(folder)
     cases, tokens = list(maps), torch.stack(list(maps.values()))

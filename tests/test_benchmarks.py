@@ -304,7 +304,7 @@ def test_both_samplers_are_judged_alike(run):
     assert all(measured[side]["bits per token under a second model"] > 0 for side in ("ours", "published"))
 
 
-# ------------------------------------------------------------------------------------------- a graphics card
+# ------------------------------------------------------------------------------------------- a GPU
 
 
 def test_every_part_is_timed_and_compared_with_the_cpu(tmp_path, monkeypatch, capsys):
