@@ -1,4 +1,4 @@
-"""``python -m pairdiff_core`` is the command ``pairdiff``, which lives beside the core."""
+"""``python -m pairdiff_core`` is the command ``pairdiff``, which is in ``pairdiff_cli``."""
 
 from pairdiff_cli.__main__ import main
 

@@ -164,7 +164,7 @@ class DiffusionSettings:
 
 @dataclass(frozen=True)
 class ControlNetSettings:
-    """A ControlNet beside the U-Net of the diffusion, of whose size it is, and its training."""
+    """A ControlNet, which has the size of the diffusion's U-Net, and its training."""
 
     embedding: tuple[int, ...]  # channels of the layers that the condition passes; each but the first halves its grid
     steps: int
@@ -186,7 +186,7 @@ class ImageUNetSettings:
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """A student of the diffusion that draws in one step; it is of the size of its U-Net."""
+    """A student of the diffusion that draws in one step; it has the size of the diffusion's U-Net."""
 
     divergence: str  # one of ``distillation.WEIGHTS``
     steps: int
@@ -210,7 +210,7 @@ class EncodersSettings:
 
 @dataclass(frozen=True)
 class ScoreNetworkSettings:
-    """A denoiser of T1 slices beside their FLAIR images, for all levels of noise, as the prior of a reconstruction."""
+    """A denoiser of T1 slices, given their FLAIR images, for all levels of noise, as the prior of a reconstruction."""
 
     channels: tuple[int, ...]  # of MONAI's UNet; each level but the last halves the grid
     steps: int

@@ -9,7 +9,7 @@ from pairdiff_figures import style
 
 
 def images_figure(rows: Mapping[str, torch.Tensor], spacing: Sequence[float], columns: int = 6) -> Figure:
-    """The first images of some sets, one set per row, whose name is beside it; black is 0 and white is 1.
+    """The first images of some sets, one named set per row; black is 0 and white is 1.
 
     Args:
         rows: float (N, 1, H, W) by name; a set may have fewer images than there are columns.

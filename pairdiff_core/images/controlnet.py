@@ -1,4 +1,4 @@
-"""A trained diffusion that is steered by an image: MONAI's ControlNet beside a U-Net that stays as it is.
+"""A trained diffusion that is steered by an image: MONAI's ControlNet and a frozen U-Net.
 
 A copy of the U-Net's encoder sees the noisy latent and the condition. What it finds is added to the features that the
 U-Net's decoder receives, through convolutions that start at zero (Zhang, Rao and Agrawala, "Adding Conditional Control

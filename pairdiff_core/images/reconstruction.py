@@ -20,7 +20,7 @@ LOWEST, HIGHEST = 0.05, 2.0  # standard deviations of the noise in training
 
 
 class ScoreNetwork(nn.Module):
-    """A denoiser of T1 images beside FLAIR images: MONAI's ``UNet``, with the noise level as a third input.
+    """A denoiser of T1 images, given FLAIR images: MONAI's ``UNet`` with the noise level as a third input.
 
     Inputs and outputs are scaled, so that all levels are about equally hard (Karras et al., "Elucidating the Design
     Space of Diffusion-Based Generative Models", NeurIPS 2022, table 1).

@@ -1,6 +1,6 @@
 """The stages of control on grey slices: two ControlNets and two plain U-Nets.
 
-A ControlNet is trained beside the locked U-Net of the stage "gaussian_denoiser". Its condition is an image of another
+A ControlNet is trained for the frozen U-Net of the stage "gaussian_denoiser". Its condition is an image of another
 contrast, or the label map of the fixed image, whose moving partner is drawn. The plain U-Nets need no diffusion: one
 translates the contrast, too, and one finds the labels of a drawn partner, which a registration needs.
 """
@@ -39,7 +39,7 @@ class Controlled(NamedTuple):
 
 
 def train_controlnet(run: Run, latents: torch.Tensor, denoiser: Trained, stage: str) -> Trained:
-    """A ControlNet beside the locked U-Net of the stage "gaussian_denoiser", whose encoder it starts from.
+    """A ControlNet for the frozen U-Net of the stage "gaussian_denoiser", whose encoder it starts from.
 
     Args:
         latents: of training images, from :func:`encode_training_images`.

@@ -1,4 +1,4 @@
-"""What is measured of one stage: the autoencoder, the denoiser, synthetic pairs, and partners of a given image."""
+"""Measurements of one stage: the autoencoder, the denoiser, synthetic pairs, and partners of a given image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of several modalities of grey slices: two encoders that agree, and a score network beside another image.
+"""The stages of several modalities of grey slices: two encoders that agree, and a score network.
 
 FLAIR-like images are drawn from label maps. T1 images are the measured ones if the data set has them, else drawn, too.
 """
@@ -77,7 +77,7 @@ def train_encoders(run: Run, pairs: int | None = None, *, invariant: bool = Fals
 
 
 def train_score_network(run: Run, *, beside_flair: bool = True) -> Trained:
-    """A denoiser of T1 images for all levels of noise, beside the FLAIR image of the slice or, without it, zeros."""
+    """A denoiser of T1 images for all levels of noise, given the FLAIR image of the slice or zeros instead of it."""
     name = "score_network" if beside_flair else "score_network-alone"
     if pretrained := load_pretrained(run, name):
         return pretrained

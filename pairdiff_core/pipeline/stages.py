@@ -50,8 +50,8 @@ class Training:
         loss: from (model, batch) to named scalars.
         batches: from the number of a step to its batch.
         start: gives the untrained model other weights to start from; None: random ones.
-        opponent: makes a network that is trained beside the model and not kept, such as a discriminator. The loss is
-            then from (model, opponent, batch). None for none.
+        opponent: makes a network that is trained together with the model and not kept, such as a discriminator. The
+            loss is then from (model, opponent, batch). None for none.
     """
 
     name: str

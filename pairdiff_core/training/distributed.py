@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_gather
 
 
 def joined() -> bool:
-    """Whether the processes can talk to each other."""
+    """Whether the processes can communicate."""
     return distributed.is_available() and distributed.is_initialized()
 
 
