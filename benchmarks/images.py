@@ -179,7 +179,7 @@ def reconstructions(run: Run, made: ImageStageResults, number: int) -> dict[str,
         "no FLAIR": complete(alone, torch.zeros_like(flair)),
         "FLAIR": complete(beside, flair),
         "FLAIR, one step": complete(beside, flair, 1),
-        "FLAIR of another slice": complete(beside, flair.roll(1, 0)),
+        "FLAIR of another slice": complete(beside, flair.roll(2, 0)),  # 2n and 2n + 1 are a pair
     }
     return {name: _mean_and_deviation(each.clamp(0, 1), truth) for name, each in images.items()}
 
