@@ -54,6 +54,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Bars of trainings that have ended would make pages load 3.6 MB of widget code.
 book: export TQDM_DISABLE := 1
+# Pages show figures with twice the pixels; the committed notebooks stay small.
+book: export PAIRDIFF_RETINA := 1
 book: $(INSTALLED) ## run the chapters and build the static site
 	@rm -rf $(BUILD)/runs && mkdir -p $(BUILD)/runs
 	PAIRDIFF_RUNS="$${PAIRDIFF_RUNS:-$(CURDIR)/$(BUILD)/runs}" $(VENV)/bin/jupyter-book build . --toc book/_toc.yml --path-output book -W --keep-going -n

@@ -127,25 +127,26 @@ def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tenso
     return figure
 
 
-def error_curves_figure(errors: Mapping[str, torch.Tensor]) -> Figure:
+def error_curves_figure(errors: Mapping[str, torch.Tensor], labels: Mapping[str, str] | None = None) -> Figure:
     """Cumulative landmark errors: for each method, the share of landmarks that are at most x mm off.
 
     ``errors`` maps each method to its target registration errors, float (K,), mm; K may differ. For colours and markers
     see ``style.method_styles``. The marker is the median. The axis shows 99 % of the landmarks of each method.
+    ``labels`` has what the legend calls a method, if it is not its name.
     """
     figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.6))
     end = 1e-6
     styles = method_styles(errors)
     for method, values in errors.items():
         mm = values.double().numpy(force=True)
-        median, end = np.median(mm), max(end, np.quantile(mm, 0.99))
+        median, end, name = np.median(mm), max(end, np.quantile(mm, 0.99)), (labels or {}).get(method, method)
         ax.ecdf(mm, color=styles[method]["color"], linestyle=styles[method]["linestyle"])
-        ax.plot(median, 0.5, **styles[method], ms=8, label=f"{method}: median {median:.1f} mm", zorder=3)
+        ax.plot(median, 0.5, **styles[method], ms=8, label=f"{name}: median {median:.1f} mm", zorder=3)
     ax.axhline(0.5, color=LINES, linewidth=0.8, linestyle="--", zorder=0)
     ax.set(xlim=(0, end), ylim=(0, 1), xlabel="target registration error, mm", ylabel="% of the landmarks within")
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     ax.grid()
-    ax.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
+    legend_below(figure, columns=2)
     return figure
 
 

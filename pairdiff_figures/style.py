@@ -107,10 +107,9 @@ def use_style() -> None:
     If the environment variable PAIRDIFF_RETINA is set, a notebook stores its figures with twice the pixels at the same
     size, for screens of high density; players stay as they are.
     """
-    if os.environ.get("PAIRDIFF_RETINA") and get_ipython() is not None:
-        from matplotlib_inline.backend_inline import set_matplotlib_formats  # would otherwise set up a shell
-
-        set_matplotlib_formats("retina")
+    shell = get_ipython()
+    if os.environ.get("PAIRDIFF_RETINA") and shell is not None:
+        shell.run_line_magic("config", "InlineBackend.figure_formats = {'retina'}")
     sizes = {"font.size": 11, "axes.titlesize": 11}
     sizes |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 10)
     lines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}

@@ -156,18 +156,22 @@ def test_after_instance_optimisation_a_network_keeps_its_colour_with_an_open_mar
 
 
 def test_retina_is_for_notebooks_that_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    formats: list[str] = []
-    monkeypatch.setattr("matplotlib_inline.backend_inline.set_matplotlib_formats", formats.append)
+    asked: list[str] = []
 
-    def asked(variable: str, shell: object) -> list[str]:
+    class Shell:
+        def run_line_magic(self, name: str, line: str) -> None:
+            asked.append(f"{name} {line}")
+
+    for variable, shell in (("", Shell()), ("1", None)):
         monkeypatch.setenv("PAIRDIFF_RETINA", variable)
-        monkeypatch.setattr(style, "get_ipython", lambda: shell)
+        monkeypatch.setattr(style, "get_ipython", lambda shell=shell: shell)
         with plt.rc_context():
             figures.use_style()
-        return formats
-
-    assert asked("", object()) == asked("1", None) == []
-    assert asked("1", object()) == ["retina"]
+    assert not asked
+    monkeypatch.setattr(style, "get_ipython", Shell)
+    with plt.rc_context():
+        figures.use_style()
+    assert asked == ["config InlineBackend.figure_formats = {'retina'}"]
 
 
 @pytest.mark.parametrize("make", [lambda: figures.pair_figure(blocks()), lambda: figures.volume_pair_figure(vessels())])
@@ -590,13 +594,14 @@ def test_memorisation_figure_shows_both_sets_in_percent() -> None:
 
 def test_error_curves() -> None:
     errors = {"before": torch.tensor([4.0, 1.0, 3.0, 2.0]), "after": torch.tensor([0.5, 0.5, 1.5])}
-    (ax,) = figures.error_curves_figure(errors).axes
+    figure = figures.error_curves_figure(errors, labels={"after": "with a network"})
+    (ax,) = figure.axes
     before, median, after = ax.lines[:3]
     assert before.get_xdata().tolist()[1:] == [1, 2, 3, 4]
     assert before.get_ydata().tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert (median.get_xdata().item(), median.get_ydata().item()) == (2.5, 0.5)
     assert after.get_ydata()[after.get_xdata() <= 0.5].max() == pytest.approx(2 / 3)
-    assert legend(ax) == ["before: median 2.5 mm", "after: median 0.5 mm"]
+    assert legend(figure) == ["before: median 2.5 mm", "with a network: median 0.5 mm"]
     colours = [to_hex(line.get_color()).upper() for line in (before, median, after)]
     assert colours == [METHODS[0][0], METHODS[0][0], METHODS[1][0]]
     assert ax.yaxis.get_major_formatter()(0.5) == "50"
