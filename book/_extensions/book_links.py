@@ -65,16 +65,18 @@ def list_works(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def keep_units(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Put a space that does not break between a number, which may be a glued one, and its unit."""
-    for text in list(doctree.findall(nodes.Text)):
-        siblings = text.parent.children
-        if isinstance(text.parent, (nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw)):
+    as_they_are = (nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw)
+    for element in doctree.findall(lambda node: isinstance(node, nodes.TextElement)):
+        if isinstance(element, as_they_are):
             continue
-        position = next(index for index, each in enumerate(siblings) if each is text)
-        kept = re.sub(rf"(?<=\d) (?={UNITS})", NO_BREAK, text)
-        if position and siblings[position - 1].astext()[-1:].isdigit():
-            kept = re.sub(rf"^ (?={UNITS})", NO_BREAK, kept)
-        if kept != text:
-            text.parent[position] = nodes.Text(kept)
+        before = ""
+        for position, child in enumerate(element.children):
+            if isinstance(child, nodes.Text):
+                kept = re.sub(rf"(?<=\d) (?={UNITS})", NO_BREAK, child)
+                if before[-1:].isdigit():
+                    kept = re.sub(rf"^ (?={UNITS})", NO_BREAK, kept)
+                element[position] = nodes.Text(kept)
+            before = child.astext()
 
 
 class FrontButtons(SphinxDirective):
