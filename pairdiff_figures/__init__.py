@@ -40,14 +40,18 @@ from .style import (
     MOVING,
     VERMILION,
     closed_figure,
+    image_figure,
+    legend_below,
     method_styles,
     structure_of,
     use_style,
 )
 from .volumes import (
+    classes_legend,
     displacement_figure,
     gallery_figure,
     landmark_figure,
+    planes_figure,
     projections_figure,
     show_from_the_front,
     show_projection,

@@ -214,6 +214,36 @@ def test_built_pages_load_files_that_exist() -> None:
 
 
 @needs_html
+def test_built_pages_are_small_before_their_figures() -> None:
+    for page in sorted(HTML.glob("[bn]*/*.html")):
+        text = page.read_text()
+        loaded = re.findall(r'<script[^>]+src="([^":?#]+)', text)
+        loaded += re.findall(r'<link[^>]+href="([^":?#]+\.css)', text)
+        size = len(re.sub(r"data:image/[^\"']+", "", text))
+        size += sum((page.parent / name).stat().st_size for name in {*loaded} if "jupyter-widgets" not in name)
+        assert size < 2_000_000, f"{page.name}: {size} bytes"
+    with_widgets = [page.stem for page in HTML.glob("[bn]*/*.html") if "jupyter-widgets" in page.read_text()]
+    assert with_widgets == ["09_volume_registration"], "the widget library takes 3.6 MB: is it worth it?"
+
+
+@needs_html
+def test_built_chapters_list_the_works_that_they_cite() -> None:
+    for chapter in CHAPTERS:
+        cited = re.findall(r"\{cite(?::[a-z]+)?\}`([^`]+)`", chapter.read_text())
+        page = (HTML / "notebooks" / f"{chapter.stem}.html").read_text()
+        works = re.findall(r"<li>", page[page.index('id="references"') :].partition("</section>")[0])
+        assert len(works) == len({key.strip() for keys in cited for key in keys.split(",")}), chapter.name
+
+
+@needs_html
+def test_built_front_page_says_how_long_each_chapter_takes() -> None:
+    page = (HTML / "book" / "intro.html").read_text()
+    assert "<title>PairDiff</title>" in page
+    assert len(re.findall(r"<p>\d+ min, \d+\Ws</p>", page)) == len(CHAPTERS)
+    assert page.count('class="sd-btn') >= 3
+
+
+@needs_html
 def test_built_links_to_the_glossary_show_the_definition() -> None:
     page = (HTML / "notebooks" / "05_registration.html").read_text()
     links = re.findall(r'<a [^>]*href="[^"]*glossary\.html#term-[^>]*>', page)

@@ -28,6 +28,8 @@ from sphinx.config import Config
 
 REPOSITORY_BUTTONS = ("use_repository_button", "use_edit_page_button", "use_issues_button")
 PREVIEW = "_static/preview.png"
+# An icon in the theme's script: its name, its size with other names, its code point, and one or two paths.
+ICON = re.compile(r'("?[a-z0-9-]+"?:\[\d+,\d+,\[[^\]]*\]),"[0-9a-f]+",(?:"[^"]*"|\["[^"]*","[^"]*"\])\],?')
 
 
 def fingerprint(root: Path) -> str:
@@ -87,6 +89,19 @@ def leave_out_unused_mathjax(
         context["script_files"] = [each for each in context["script_files"] if "mathjax" not in str(each.filename)]
 
 
+def leave_out_unused_icons(app: Sphinx, error: Exception | None) -> None:
+    """Keep only those of the theme's 2,000 icons (1.5 MB, loaded by every page) that a page or a script names."""
+    icons = Path(app.outdir) / "_static" / "scripts" / "fontawesome.js"
+    if error or not icons.is_file():
+        return
+    named: set[str] = set()
+    for path in (*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.js")):
+        if path != icons and "vendor" not in path.parts:  # the widget library brings its own
+            named |= set(re.findall(r"\bfa-([a-z0-9-]+)", path.read_text()))
+    kept = ICON.sub(lambda icon: icon[0] if named & set(re.findall(r"[a-z0-9-]+", icon[1])) else "", icons.read_text())
+    icons.write_text(kept)
+
+
 def describe_page(app: Sphinx, pagename: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Say in the head what the page is about, for previews of links; the front page has its title once."""
     if pagename == app.config.root_doc:
@@ -115,6 +130,13 @@ def leave_out_launch_buttons(
         context["header_buttons"] = [each for each in buttons if each.get("label") != "launch-buttons"]
 
 
+def name_folded_solutions(app: Sphinx, doctree: nodes.document) -> None:
+    """Cells that are folded with their outputs are solutions of exercises: say so on the fold."""
+    for cell in doctree.findall(nodes.container):
+        if cell.get("hide_mode") == "all":
+            cell["prompt_show"], cell["prompt_hide"] = "Show solution: code", "Hide solution: code"
+
+
 def escape_shapes(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
     """Keep the stars of shapes such as (N, *spatial), and bars such as |u|, from being markup; *word* is emphasis."""
     for index, line in enumerate(lines):
@@ -139,6 +161,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", escape_shapes, priority=400)  # before napoleon (500)
     app.connect("autodoc-skip-member", leave_out_imported)
     app.connect("config-inited", set_up_config, priority=400)
+    app.connect("build-finished", leave_out_unused_icons)
+    app.connect("doctree-read", name_folded_solutions)
     app.connect("html-page-context", offer_notebook, priority=400)  # before the theme draws its buttons (500)
     app.connect("html-page-context", leave_out_unused_widgets, priority=400)  # before myst_nb adds its files (500)
     app.connect("html-page-context", leave_out_unused_mathjax, priority=600)  # after Sphinx added it (500)
