@@ -29,6 +29,7 @@ function enlarge(image) {
   dialog.setAttribute("aria-label", image.alt || "figure");
   dialog.append(image.cloneNode());
   dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("keydown", (event) => { if (event.key === "Escape") dialog.close(); }); // Sphinx takes it first
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
