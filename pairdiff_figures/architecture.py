@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from pairdiff_figures.style import GREEN, LINES, PLOT, PURPLE, closed_figure
+from pairdiff_figures.style import GREEN, LINES, PURPLE, WIDTH, closed_figure
 
-POINTS = 13  # of all text: 8 on a phone, see PLOT
+POINTS = 13  # of all text: 8 on a phone, see WIDTH
 LINE, HALVING, GAP = 0.235, 0.1, 0.22  # inches: of a line of text, of a halved resolution, and between boxes
 WIDE, NARROW = 4.6, 1.95  # inches: boxes of a figure of one column, and of three
 
@@ -45,12 +45,12 @@ def architecture_figure(
     """
     path = [box for column in columns for box in column]
     if len(columns) == 1:
-        places, width, between, middles = [(0, row) for row in range(len(path))], WIDE, ":  ", (PLOT / 2,)
+        places, width, between, middles = [(0, row) for row in range(len(path))], WIDE, ":  ", (WIDTH / 2,)
     else:
         down, [_], up = columns
         lowest = max(len(down), len(up))
         places = [(0, row) for row in range(len(down))] + [(1, lowest)] + [(2, row) for row in range(len(up))][::-1]
-        width, between, middles = NARROW, "\n", (NARROW / 2, PLOT / 2, PLOT - NARROW / 2)
+        width, between, middles = NARROW, "\n", (NARROW / 2, WIDTH / 2, WIDTH - NARROW / 2)
     labels = [f"{operation}{between}{' × '.join(map(str, shape))}" for operation, shape in path]
     smallest = min(shape[-2] for _, shape in path)
     heights = [
@@ -64,8 +64,8 @@ def architecture_figure(
         Box(middles[column], (tops[row] + tops[row + 1] - GAP) / 2, width, height)
         for (column, row), height in zip(places, heights, strict=True)
     ]
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, tops[-1] - GAP + 0.1))
-    ax.set(xlim=(-0.03, PLOT + 0.03), ylim=(tops[-1] - GAP + 0.03, -0.03))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, tops[-1] - GAP + 0.1))
+    ax.set(xlim=(-0.03, WIDTH + 0.03), ylim=(tops[-1] - GAP + 0.03, -0.03))
     ax.set_axis_off()
     for box, label in zip(boxes, labels, strict=True):
         corner, round_ = box.side(-1, -1), "round,pad=0,rounding_size=0.06"

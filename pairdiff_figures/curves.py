@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pairdiff_figures.style import GREEN, GREY, LINES, PLOT, closed_figure, legend_below, method_styles, structure_of
+from pairdiff_figures.style import GREEN, GREY, LINES, WIDTH, closed_figure, legend_below, method_styles, structure_of
 
 
 def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -17,7 +17,7 @@ def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     names = [name for name in history[0] if name != "step"]
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = closed_figure(rows, columns, (PLOT if columns == 2 else 4.5, 1.8 * rows + 0.4))
+    figure, axes = closed_figure(rows, columns, (WIDTH if columns == 2 else 4.5, 1.8 * rows + 0.4))
     steps = [entry["step"] for entry in history]
     for number, (ax, name) in enumerate(zip(axes.flat, names, strict=False)):
         values = np.array([entry.get(name, np.nan) for entry in history])
@@ -49,7 +49,7 @@ def dice_figure(table: Mapping[str, torch.Tensor], label_names: Sequence[str]) -
     for label, name in enumerate(label_names[1:]):
         members.setdefault(structure_of(name), []).append(label)
     between = 0.7 / max(4, len(table) - 1)  # of two methods, in rows
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, (0.2 + 0.07 * len(table)) * len(members) + 1.2))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, (0.2 + 0.07 * len(table)) * len(members) + 1.2))
     styles, shown = method_styles(table), []
     for number, (method, values) in enumerate(table.items()):
         dice = values.detach().cpu().double().reshape(-1, len(label_names) - 1)
@@ -76,7 +76,7 @@ def area_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     ``rows`` is the table of ``metrics.compare_areas``; a structure that no real image has is left empty.
     """
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, 0.28 * len(rows) + 0.9))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, 0.28 * len(rows) + 0.9))
     percent = np.array([row["real_mean"] or np.nan for row in rows]) / 100
     styles = method_styles(("real", "synthetic"))
     for kind, shift in (("real", -0.15), ("synthetic", 0.15)):
@@ -101,7 +101,7 @@ def codebook_figure(counts: torch.Tensor) -> Figure:
     share = 100 * counts.sort(descending=True).values.double().cpu().numpy() / max(1, int(counts.sum()))
     used = share[share > 0]
     lowest = used.min(initial=100 / len(share)) / 2
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, 2.8))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, 2.8))
     ax.stairs(used, baseline=lowest, fill=True, color=GREEN)
     ax.axhline(100 / len(share), color=LINES, linewidth=1, linestyle="--", label="if all were equally frequent")
     ax.set(xlim=(0, len(share)), xlabel="code, by frequency", ylabel="% of the tokens")
@@ -114,7 +114,7 @@ def codebook_figure(counts: torch.Tensor) -> Figure:
 
 def memorisation_figure(distances: torch.Tensor, held_out_distances: torch.Tensor, threshold: float) -> Figure:
     """Distances to the nearest training pair, 0 to 1, of a ``metrics.memorisation_audit(...)``, and its threshold."""
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.0))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, 3.0))
     named = {"held-out real pairs": held_out_distances.cpu(), "synthetic pairs": distances.cpu()}
     bins = np.linspace(0, max(0.1, 1.02 * float(torch.cat(list(named.values())).max())), 50)
     styles = method_styles(("real", "synthetic")).values()
@@ -134,7 +134,7 @@ def error_curves_figure(errors: Mapping[str, torch.Tensor], labels: Mapping[str,
     see ``style.method_styles``. The marker is the median. The axis shows 99 % of the landmarks of each method.
     ``labels`` has what the legend calls a method, if it is not its name.
     """
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, 3.6))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, 3.6))
     end = 1e-6
     styles = method_styles(errors)
     for method, values in errors.items():
@@ -175,7 +175,7 @@ def cases_figure(
 
     The axis starts at 0 if the lowest value is below a quarter of the highest, and else where the data are.
     """
-    figure, [[ax]] = closed_figure(1, 1, (PLOT, 0.43 * len(rows) + 0.7))
+    figure, [[ax]] = closed_figure(1, 1, (WIDTH, 0.43 * len(rows) + 0.7))
     for height, (method, style) in enumerate(method_styles(rows).items()):
         values, colour = rows[method].double().cpu(), style["color"]
         dots = style | {"marker": "o", "markersize": 4, "linestyle": "none", "alpha": 0.5, "markeredgewidth": 1}

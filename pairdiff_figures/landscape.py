@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from pairdiff_figures.style import GREEN, GREY, LINES, closed_figure
+from pairdiff_figures.style import GREEN, GREY, LINES, WIDTH, closed_figure
 
-WIDTH, LINE = 5.8, 0.24  # inches: of the table, readable on a phone, and of one line in it
+LINE = 0.24  # inches: height of a line
 
 
 def landscape_figure(works: Sequence[tuple[str, str, str, bool]]) -> Figure:

@@ -98,13 +98,13 @@ def pair_figure(pairs: PairSet) -> Figure:
 
 
 def pairs_figure(sets: PairSet | Mapping[str, PairSet]) -> Figure:
-    """The first three pairs of one or several sets, such as real and synthetic pairs, or pairs and reconstructions.
+    """The first two pairs of one or several sets, such as real and synthetic pairs, or pairs and reconstructions.
 
     ``sets`` is a PairSet, or maps the names of rows to several. Each pair takes two columns.
     """
     named = {"": sets} if isinstance(sets, PairSet) else sets
     first = next(iter(named.values()))
-    number = min(3, *(len(pairs) for pairs in named.values()))
+    number = min(2, *(len(pairs) for pairs in named.values()))
     width, height = style.field_of_view(first)
     columns = [width, width, 0.06 * width] * number  # a gap after each pair
     figure, axes = style.image_figure(columns, [height] * len(named), gap=0.1)
@@ -134,7 +134,7 @@ def registration_figure(pairs: PairSet, displacement: torch.Tensor, index: int =
     show_labels(axes[0, 2], moved, pairs, "moving, warped", MOVING)
     show_overlap(axes[1, 0], fixed, moving, pairs, "outlines before")
     show_overlap(axes[1, 1], fixed, moved, pairs, "outlines after")
-    show_grid(axes[1, 2], displacement[index], pairs, "fixed grid, taken to moving")
+    show_grid(axes[1, 2], displacement[index], pairs, "its grid in moving")
     _structure_legend(figure, pairs, pairs.labels[index])
     return figure
 

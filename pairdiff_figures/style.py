@@ -93,9 +93,9 @@ STRUCTURES = {
     "Cerebellum-Cortex": "#EAA9B4",
 }
 
-# Inches, at most: width of one image, of a figure of images, and of a plot. A phone shows each figure 3.6 inches wide,
-# so text in a wider one gets too small to read.
-IMAGE, WIDTH, PLOT = 2.4, 7.9, 5.8
+# Inches, at most: width of one image, and of a figure. A phone shows each figure 3.6 inches wide, so text in a wider
+# one gets too small to read.
+IMAGE, WIDTH = 2.4, 5.8
 SCALE_BARS = (100, 50, 20, 10, 5, 2, 1)  # millimetres
 # Positions of letters on an Axes: two in the upper corners, or four at the left, right, top and bottom edge
 LETTERS_AT = {2: ((0.03, 0.98), (0.97, 0.98)), 4: ((0.02, 0.5), (0.98, 0.5), (0.5, 0.985), (0.5, 0.015))}
@@ -240,15 +240,16 @@ def show_image(
     ax.set(xlim=(-0.5, across - 0.5), ylim=limits, xticks=[], yticks=[], title=title, aspect=spacing[1] / spacing[0])
     ax.spines[:].set(visible=True, color=colour, linewidth=0.6 if colour == GREY else 2.5)
     if letters:
-        halo = [withStroke(linewidth=2.5, foreground="white")]  # keeps letters readable on dark images
-        text = {"transform": ax.transAxes, "color": LINES, "path_effects": halo, "zorder": 4}
+        ink, around = ("white", "black") if style.get("cmap") == "gray" else (LINES, "white")
+        halo = [withStroke(linewidth=2.5, foreground=around)]  # keeps letters readable on any image
+        text = {"transform": ax.transAxes, "color": ink, "path_effects": halo, "zorder": 4}
         for (x, y), letter in zip(LETTERS_AT[len(letters)], letters, strict=True):
             ha, va = ("left", "center", "right")[round(2 * x)], ("bottom", "center", "top")[round(2 * y)]
             ax.text(x, y, letter, ha=ha, va=va, fontweight="bold", **text)
         width = across * spacing[0]  # mm
         length = next((mm for mm in SCALE_BARS if mm <= 0.35 * width), 1)
         ax.text(0.04, 0.055, f"{length} mm", fontsize="small", va="bottom", **text)
-        text["path_effects"] = [withStroke(linewidth=4.5, foreground="white")]
+        text["path_effects"] = [withStroke(linewidth=4.5, foreground=around)]
         ax.plot([0.04, 0.04 + length / width], [0.035, 0.035], lw=2.5, solid_capstyle="butt", **text)
     return image
 

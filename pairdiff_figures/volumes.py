@@ -223,7 +223,7 @@ def displacement_figure(pairs: PairSet, displacement: torch.Tensor, index: int =
     length = (u * torch.tensor(pairs.spacing).reshape(3, 1, 1)).norm(dim=0).numpy()
     figure, [axes] = planes_figure(pairs, ["coronal"] * 3)
     show_slice(axes[0], classes(pairs.fixed[index], None), pairs, middle, "fixed")
-    _show(axes[1], np.ones((*length.shape, 3)), pairs, "coronal", "fixed grid, taken to moving")
+    _show(axes[1], np.ones((*length.shape, 3)), pairs, "coronal", "its grid in moving")
     style.deformed_grid(axes[1], u[[0, 2]], folded)
     image = _show(axes[2], length, pairs, "coronal", "how far it moves", cmap=LENGTHS, vmin=0)
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="|u| in mm")

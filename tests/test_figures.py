@@ -447,7 +447,7 @@ def test_projections_before_and_after() -> None:
 
 def test_displacement_figure_moves_the_grid_and_measures_millimetres() -> None:
     figure = figures.displacement_figure(vessels(), truth())
-    assert titles(figure)[:3] == ["fixed", "fixed grid, taken to moving", "how far it moves"]
+    assert titles(figure)[:3] == ["fixed", "its grid in moving", "how far it moves"]
     (lines,) = figure.axes[1].collections  # nothing folds
     assert np.allclose(lines.get_segments()[0] - np.array([3, 2]), [(0, i) for i in range(16)])
     assert len(lines.get_segments()) == 20 + 16
