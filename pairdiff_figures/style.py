@@ -109,7 +109,7 @@ def use_style() -> None:
     """
     shell = get_ipython()
     if os.environ.get("PAIRDIFF_RETINA") and shell is not None:
-        shell.run_line_magic("config", "InlineBackend.figure_formats = {'retina'}")
+        shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")
     sizes = {"font.size": 11, "axes.titlesize": 11}
     sizes |= dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 10)
     lines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 import ipywidgets
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from nbclient import NotebookClient
 from PIL import Image
 
 import pairdiff_figures as figures
@@ -155,23 +157,15 @@ def test_after_instance_optimisation_a_network_keeps_its_colour_with_an_open_mar
     assert len(style.method_styles([*style.NAMED, *map(str, range(20))])) == len(style.NAMED) + 20
 
 
-def test_retina_is_for_notebooks_that_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    class Shell:
-        def run_line_magic(self, name: str, line: str) -> None:
-            asked.append(f"{name} {line}")
-
-    for variable, shell in (("", Shell()), ("1", None)):
-        monkeypatch.setenv("PAIRDIFF_RETINA", variable)
-        monkeypatch.setattr(style, "get_ipython", lambda shell=shell: shell)
-        with plt.rc_context():
-            figures.use_style()
-    assert not asked
-    monkeypatch.setattr(style, "get_ipython", Shell)
-    with plt.rc_context():
-        figures.use_style()
-    assert asked == ["config InlineBackend.figure_formats = {'retina'}"]
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_retina_is_for_notebooks_that_ask_for_it(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAIRDIFF_RETINA", asked)
+    code = "import matplotlib.pyplot as plt\nimport pairdiff_figures as figures\nfigures.use_style()\nplt.plot([1]);"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    (output,) = NotebookClient(notebook, kernel_name="python3").execute().cells[0].outputs
+    width = plt.imread(io.BytesIO(base64.b64decode(output.data["image/png"]))).shape[1]
+    shown = output.metadata.get("image/png", {}).get("width", width)
+    assert width // shown == (2 if asked else 1)
 
 
 @pytest.mark.parametrize("make", [lambda: figures.pair_figure(blocks()), lambda: figures.volume_pair_figure(vessels())])
