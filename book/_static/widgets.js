@@ -48,7 +48,10 @@ window.addEventListener("afterprint", () => {
 document.addEventListener("DOMContentLoaded", () => {
   nameWidgets();
   for (const image of document.querySelectorAll(".bd-article figure img")) {
-    image.addEventListener("click", () => enlarge(image));
+    image.addEventListener("click", (event) => {
+      event.preventDefault(); // Sphinx may have put a link to the file around it, which a keyboard can follow
+      enlarge(image);
+    });
   }
   new MutationObserver(nameWidgets).observe(document.body, { childList: true, subtree: true });
 });
