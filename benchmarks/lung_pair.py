@@ -20,7 +20,7 @@ from pairdiff_core import fields
 from pairdiff_core.pairs import pack_labels
 from pairdiff_core.pipeline import find_model, load_model, open_run
 from pairdiff_core.registration import register, score
-from pairdiff_core.storage import provenance, write_json
+from pairdiff_core.storage import fingerprint, provenance, write_json
 from pairdiff_core.training import best_device
 
 COARSER = 4  # voxels of the images per stored displacement
@@ -45,7 +45,7 @@ def main() -> None:
         found = register(pair, run.profile, network, instance=instance)
         errors[name] = score(pair, found)["tre_mm"]
         stored[name] = packed(found.displacement, [size // COARSER for size in pair.spatial])
-    made_by = provenance("laptop", run.seed, best_device())
+    made_by = provenance("laptop", run.seed, best_device(), {"pair": fingerprint(pair.labels)})
     write_json(chosen.json, {"pair": pair.names[0], "tre_mm": errors, "displacement": stored, "provenance": made_by})
     print(errors)
 

@@ -342,6 +342,7 @@ def test_without_an_address_no_page_links_to_the_repository_or_a_launcher(tmp_pa
     for page, links in build_small_book(tmp_path, "").items():
         assert not [link for link in links if link.startswith((*LAUNCHERS, "https://github.com"))]
         assert f"../_sources/{page}.md" in links, "the source is still offered"
+        assert "og:image" not in (tmp_path / "_build" / "html" / f"{page}.html").read_text()
 
 
 def test_with_an_address_all_buttons_lead_to_files_that_the_repository_has(tmp_path: Path) -> None:
@@ -350,7 +351,9 @@ def test_with_an_address_all_buttons_lead_to_files_that_the_repository_has(tmp_p
         "https://mybinder.org/v2/gh/someone/something/main?urlpath=lab/tree/notebooks/01_chapter.ipynb",
         "https://colab.research.google.com/github/someone/something/blob/main/notebooks/01_chapter.ipynb",
     }
+    picture = '<meta property="og:image" content="https://someone.github.io/something/_static/preview.png" />'
     for page, links in made.items():
+        assert picture in (tmp_path / "_build" / "html" / f"{page}.html").read_text()
         assert {link for link in links if link.startswith(LAUNCHERS)} == (launched if "chapter" in page else set())
         issue = f"{ADDRESS}/issues/new?title=Issue%20on%20page%20%2F{page}.html&body=Your%20issue%20content%20here."
         assert {link for link in links if link.startswith(ADDRESS)} == {

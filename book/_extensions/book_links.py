@@ -15,7 +15,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 GLOSSARY = "book/glossary"
-UNITS = r"(?:mm|%|GiB|GB|MB|min|s|h|seconds|minutes|times|voxels?|pixels?|steps)\b|%"
+UNITS = r"(?:mm|dB|GiB|GB|MB|min|s|h|seconds|minutes|times|voxels?|pixels?|steps)\b|%"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 PAGES = {
     "Start reading": "notebooks/01_why_pairs",
